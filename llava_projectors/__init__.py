@@ -1,0 +1,60 @@
+"""Efficient visual projectors for LLaVA: importing this package arms the hook for `llava`.
+
+Everything but the hook is loaded on first use, because the start-up file imports
+this package in every interpreter of the environment.
+"""
+
+from __future__ import annotations
+
+from llava_projectors.autoload import TYPE_CHECKING, arm_from_environment, patch, unpatch
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from llava_projectors.projectors.base import Projector
+    from llava_projectors.registry import (
+        build_projector,
+        list_projectors,
+        parse_spec,
+        register_projector,
+    )
+    from llava_projectors.spec import ProjectorSpec, ProjectorSpecError
+
+__all__ = [
+    "Projector",
+    "ProjectorSpec",
+    "ProjectorSpecError",
+    "build_projector",
+    "list_projectors",
+    "parse_spec",
+    "patch",
+    "register_projector",
+    "unpatch",
+]
+
+_HOME = {
+    "Projector": "projectors.base",
+    "ProjectorSpec": "spec",
+    "ProjectorSpecError": "spec",
+    "build_projector": "registry",
+    "list_projectors": "registry",
+    "parse_spec": "registry",
+    "register_projector": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module("importlib.metadata").version("llava-projectors")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, "__version__"])
+
+
+arm_from_environment()

@@ -1,0 +1,154 @@
+"""The lazy import hook: patches LLaVA's modules right after Python has executed them.
+
+The start-up file of the wheel imports this in every interpreter of the environment, so
+it uses the standard library only, costs well under a millisecond, and never raises.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # `typing` itself would cost an idle interpreter milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    from llava_projectors.integration.seams import SeamReport
+
+DISABLE_VARIABLE = "LLAVA_PROJECTORS_DISABLE"
+PACKAGES_VARIABLE = "LLAVA_PROJECTORS_PACKAGES"
+
+
+class SeamFinder:
+    """A meta-path finder that lets the other finders work and then attaches the patches."""
+
+    def __init__(self) -> None:
+        self.packages: tuple[str, ...] = ()
+        self._prefixes: tuple[str, ...] = ()
+
+    def set_packages(self, packages: tuple[str, ...]) -> None:
+        """Watch for these packages and no others."""
+        self.packages = packages
+        self._prefixes = tuple(f"{package}.model." for package in packages)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec that another finder has, with a patching loader, for modules that hold a seam; else None."""
+        if not fullname.startswith(self._prefixes):
+            return None
+        package = next(p for p in self.packages if fullname.startswith(f"{p}.model."))
+        # LLaVA imports its models under a bare `except: pass`, which would turn an error
+        # here into a baffling "cannot import name" elsewhere. So nothing may leave.
+        try:
+            from llava_projectors.integration import seams
+
+            if not seams.has_seams(package, fullname):
+                return None
+            for finder in sys.meta_path:
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    _patch_after_execution(spec, package)
+                    return spec
+        except Exception as error:
+            print(
+                f"llava_projectors: cannot patch {fullname}, it stays as it is: "
+                f"{type(error).__name__}: {error}\n"
+                f"llava_projectors: `llava-projectors doctor --package {package}` says more",
+                file=sys.stderr,
+            )
+        return None
+
+
+def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
+    """Shadow `exec_module` on this loader object, which keeps its type and its other methods."""
+    loader = spec.loader
+    if loader is None:  # a namespace package: nothing is executed
+        return
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        if package in _finder.packages:
+            from llava_projectors.integration import seams
+
+            seams.patch_module(package, module)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+_finder = SeamFinder()
+
+
+def armed_packages() -> tuple[str, ...]:
+    """The packages that the hook of this process is armed for."""
+    return _finder.packages if _finder in sys.meta_path else ()
+
+
+def arm(package: str) -> None:
+    """Patch `package` as it is imported. Does nothing when it is armed already."""
+    if package not in _finder.packages:
+        _finder.set_packages((*_finder.packages, package))
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def is_disabled() -> bool:
+    """Whether the environment switches the automatic hook off."""
+    return os.environ.get(DISABLE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no")
+
+
+def arm_from_environment() -> None:
+    """Arm for `llava` and the packages the environment names, and patch those already imported."""
+    if is_disabled():
+        return
+    extra = os.environ.get(PACKAGES_VARIABLE, "").split(",")
+    for package in ("llava", *(name.strip() for name in extra)):
+        if not package or package in _finder.packages:
+            continue
+        arm(package)
+        if package in sys.modules:
+            from llava_projectors.integration import seams
+
+            seams.patch(package)
+
+
+def patch(package: str = "llava") -> list[SeamReport]:
+    """Patch LLaVA, or a fork of it that has another package name, now.
+
+    Modules that are imported already are patched on the spot, the others as they are
+    imported; a second call changes nothing. Only models whose `mm_projector_type` is one
+    of ours behave differently afterwards.
+
+    Args:
+        package: the importable name, for example `llava` or `share4v`.
+
+    Returns:
+        What was done, one entry a seam.
+
+    Raises:
+        PatchError: no such package can be imported.
+    """
+    from llava_projectors.integration import seams
+
+    seams.check_importable(package)
+    arm(package)
+    return seams.patch(package)
+
+
+def unpatch(package: str = "llava") -> None:
+    """Give every patched attribute of `package` its original object back and disarm the hook for it.
+
+    Models that were built before keep working with the projector they have.
+    """
+    _finder.set_packages(tuple(p for p in _finder.packages if p != package))
+    if not _finder.packages and _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    if "llava_projectors.integration.seams" in sys.modules:
+        from llava_projectors.integration import seams
+
+        seams.unpatch(package)

@@ -1,0 +1,137 @@
+"""The vision tower that returns several hidden states, made from LLaVA's own tower.
+
+LLaVA's forward, loading and device handling stay as they are; only the choice of hidden
+states and the reported grid change, so the tower becomes an instance of a subclass of its
+own class.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_projectors.registry import ResolvedSpec
+from llava_projectors.spec import ProjectorSpecError, format_value
+
+
+class MultiLayerTower(nn.Module):
+    """Mixed in before the class of LLaVA's tower.
+
+    Attributes:
+        projector_layers: indices into the tower's hidden states, the last one LLaVA's own choice.
+        patch_side: side of the patch grid before the projector.
+        token_side: side of the grid of visual tokens after it.
+    """
+
+    projector_layers: tuple[int, ...]
+    patch_side: int
+    token_side: int
+
+    def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
+        """Hidden states [B, 1 + N, C] -> [B, N, L*C]: the CLS token dropped, layers side by side."""
+        hidden_states = image_forward_outs.hidden_states
+        return torch.cat([hidden_states[layer][:, 1:] for layer in self.projector_layers], dim=-1)
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Side of the grid that the LLM sees: LLaVA lays out high-resolution tiles by it."""
+        return self.token_side
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of one image: LLaVA's server budgets the context by it."""
+        return self.token_side**2
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and deepcopy are told how to make it again.
+        return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
+
+
+@cache
+def _subclass(tower_class: Any) -> type[nn.Module]:
+    return type(f"MultiLayer{tower_class.__name__}", (MultiLayerTower, tower_class), {})
+
+
+def _rebuild(tower_class: Any) -> nn.Module:
+    cls = _subclass(tower_class)
+    return cls.__new__(cls)
+
+
+def convert_tower(tower: Any, resolved: ResolvedSpec) -> None:
+    """Turn LLaVA's tower, loaded or not, into one that serves this projector.
+
+    Args:
+        tower: what LLaVA's `build_vision_tower` returned.
+        resolved: the projector that will read the features.
+
+    Raises:
+        ProjectorSpecError: the tower cannot serve it; says which setting to change.
+    """
+    if isinstance(tower, MultiLayerTower):
+        return
+    refuse_unsupported(tower, resolved)
+    config = tower.config
+    patch_side = config.image_size // config.patch_size
+    layers = resolve_layers(resolved, config.num_hidden_layers, tower.select_layer)
+    token_side = resolved.output_side(patch_side)
+    tower.__class__ = _subclass(tower.__class__)
+    tower.projector_layers = layers
+    tower.patch_side = patch_side
+    tower.token_side = token_side
+
+
+def refuse_unsupported(tower: Any, resolved: ResolvedSpec) -> None:
+    """Raise for towers and settings whose features are not a square grid of C channels."""
+    prefix = f"projector type {resolved.type_string!r}"
+    kind = type(tower).__name__
+    if not hasattr(tower, "feature_select"):
+        raise ProjectorSpecError(f"{prefix} cannot use the vision tower {kind}: it has no feature_select")
+    if tower.hidden_size != tower.config.hidden_size:
+        raise ProjectorSpecError(
+            f"{prefix} cannot use the multi-scale vision tower {kind}: it returns {tower.hidden_size} channels "
+            f"a patch, not the {tower.config.hidden_size} of one hidden state; turn multi-scale features (s2) off"
+        )
+    if tower.select_feature != "patch":
+        raise ProjectorSpecError(
+            f"{prefix} needs the patch grid without the CLS token: "
+            f"--mm_vision_select_feature {tower.select_feature} must be patch"
+        )
+
+
+def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tuple[int, ...]:
+    """Absolute indices of the hidden states to aggregate.
+
+    Args:
+        resolved: the projector; its `layers` option may count from the end.
+        depth: number of layers of the tower; it has depth + 1 hidden states, 0 the embeddings.
+        select_layer: LLaVA's `mm_vision_select_layer`, which may count from the end.
+
+    Raises:
+        ProjectorSpecError: out of range, unsorted, doubled, or not ending in `select_layer`.
+    """
+    given = resolved.options.get("layers")
+    prefix = f"projector type {resolved.type_string!r}"
+    tower_is = f"the vision tower has {depth} layers, hidden states 0 to {depth} or {-depth - 1} to -1"
+    if not -depth - 1 <= select_layer <= depth:
+        raise ProjectorSpecError(f"{prefix}: --mm_vision_select_layer {select_layer} is out of range; {tower_is}")
+    selected = select_layer % (depth + 1)
+    layers = given or resolved.cls.default_layers(selected)
+    shown = f"layers={format_value(layers)}" if given else f"the default layers {format_value(layers)}"
+    for layer in layers:
+        if not -depth - 1 <= layer <= depth:
+            raise ProjectorSpecError(f"{prefix}: layer {layer} is out of range; {tower_is}")
+    absolute = tuple(layer % (depth + 1) for layer in layers)
+    if list(absolute) != sorted(set(absolute)):
+        raise ProjectorSpecError(
+            f"{prefix}: {shown} must be ascending and without repeats "
+            f"(here {format_value(absolute)}, counted from 0); {tower_is}"
+        )
+    if absolute[-1] != selected:
+        raise ProjectorSpecError(
+            f"{prefix}: {shown} must end in hidden state {selected}, which --mm_vision_select_layer "
+            f"{select_layer} selects; end the list in {selected} or pass --mm_vision_select_layer {absolute[-1]}"
+        )
+    return absolute

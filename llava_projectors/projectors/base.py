@@ -1,0 +1,119 @@
+"""What every projector shares: the feature contract, the patch grid, and its checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import nn
+
+# The first two parameters of a projector are positional and come from LLaVA's config;
+# its options are keyword-only. See `llava_projectors.spec.declared_options`.
+
+
+def multi_level_layers(selected: int) -> tuple[int, ...]:
+    """Four hidden states spread over the upper half of the tower, `selected` the last of them.
+
+    With n = selected + 1: n//2, 2n//3, n-2, n-1. For CLIP ViT-L (selected = 23) these are 12, 16,
+    22, 23, the levels of TokenPacker (arXiv 2407.02392); the rule for other depths is our choice.
+    """
+    n = selected + 1
+    return (n // 2, 2 * n // 3, n - 2, n - 1)
+
+
+def single_layer(selected: int) -> tuple[int, ...]:
+    """Only the hidden state that LLaVA itself selects."""
+    return (selected,)
+
+
+class Projector(nn.Module):
+    """Maps vision features to LLM inputs: [B, N, L*C] -> [B, M, D], with M = N / stride**2.
+
+    L hidden states of C channels lie side by side on the last axis, the one that LLaVA selects
+    last. N is a square grid of patches in row-major order, without a CLS token.
+
+    A subclass takes `mm_hidden_size`, `hidden_size` and its options, keyword-only with defaults.
+    It keeps no buffers, because LLaVA's adapter files hold parameters only, and names no layer
+    like one of the LLM's, because LoRA picks its targets by the end of a name.
+
+    Args:
+        mm_hidden_size: C, channels of one hidden state of the vision tower.
+        hidden_size: D, width of the LLM.
+        layers: the hidden states to aggregate, or None for the default of the class.
+        stride: side of the square of patches that becomes one visual token.
+
+    Attributes:
+        name: what a type string calls the projector.
+        default_layers: the selected hidden state's index -> the hidden states to aggregate.
+        stride_option: the name that the stride has among the options.
+        config_options: options that LLaVA's config may give when the type string does not.
+    """
+
+    name: ClassVar[str]
+    default_layers: ClassVar[Any] = staticmethod(single_layer)
+    stride_option: ClassVar[str] = "stride"
+    config_options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, mm_hidden_size: int, hidden_size: int, layers: Optional[tuple[int, ...]], stride: int) -> None:
+        super().__init__()
+        self.mm_hidden_size = mm_hidden_size
+        self.hidden_size = hidden_size
+        self.num_levels = self.count_levels(layers)
+        self.stride = stride
+
+    @classmethod
+    def count_levels(cls, layers: Optional[tuple[int, ...]]) -> int:
+        """L, which does not depend on the depth of the tower."""
+        deep_enough = 1000
+        return len(layers or cls.default_layers(deep_enough))
+
+    @classmethod
+    def output_side(cls, side: int, options: Mapping[str, Any]) -> int:
+        """Side of the grid after the projector, for a grid of `side` x `side` patches.
+
+        Raises:
+            ValueError: the stride does not divide the grid.
+        """
+        stride = options.get(cls.stride_option, 1)
+        if side % stride:
+            divisors = [str(s) for s in range(2, side) if side % s == 0 and s <= 8] or ["none"]
+            raise ValueError(
+                f"{cls.stride_option}={stride} does not divide the {side}x{side} patch grid "
+                f"(divisors: {', '.join(divisors)})"
+            )
+        return side // stride
+
+    def to_grid(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, N, L*C] -> [B, H, W, L*C], a view where the input allows one.
+
+        Raises:
+            ValueError: the shape breaks the contract, with what was expected.
+        """
+        expected = self.num_levels * self.mm_hidden_size
+        if features.ndim != 3 or features.shape[-1] != expected:
+            raise ValueError(
+                f"{type(self).__name__} expects features [batch, patches, {expected}], "
+                f"{self.num_levels} hidden states of {self.mm_hidden_size} channels; "
+                f"got {list(features.shape)}"
+            )
+        side = math.isqrt(features.shape[1])
+        if side * side != features.shape[1] or side % self.stride:
+            raise ValueError(
+                f"{type(self).__name__} expects a square grid of patches, without the CLS token, whose "
+                f"side {self.stride} divides; got {features.shape[1]} patches"
+            )
+        return features.reshape(features.shape[0], side, side, expected)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print(model)`."""
+        return (
+            f"mm_hidden_size={self.mm_hidden_size}, hidden_size={self.hidden_size}, "
+            f"num_levels={self.num_levels}, stride={self.stride}"
+        )
+
+
+def mlp_readout(in_features: int, hidden_size: int) -> nn.Sequential:
+    """Linear, GELU, Linear to the LLM width: the shape of LLaVA-1.5's `mlp2x_gelu`."""
+    return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))

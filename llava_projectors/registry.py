@@ -1,0 +1,218 @@
+"""Projector name -> class, and everything that a type string resolves to.
+
+Every projector in `projectors/` is registered here. Other distributions add types by naming
+a module under the entry-point group `llava_projectors`; it is imported, and registers its
+own, when a type is first looked up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
+
+from llava_projectors import projectors
+from llava_projectors.projectors.base import Projector
+from llava_projectors.spec import (
+    Option,
+    ProjectorSpec,
+    ProjectorSpecError,
+    declared_options,
+    parse_type_string,
+    split_type_string,
+    suggest,
+)
+
+if TYPE_CHECKING:
+    from typing import TypeGuard  # Python 3.10
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "llava_projectors"
+# LLaVA's own names: taking one over would change models that do not use this package.
+LLAVA_TYPES = re.compile(r"linear|identity|mlp\d+x_gelu")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+_classes: dict[str, type[Projector]] = {}
+_options: dict[str, dict[str, Option]] = {}
+
+ProjectorClass = TypeVar("ProjectorClass", bound=type[Projector])
+
+
+def register_projector(name: str) -> Callable[[ProjectorClass], ProjectorClass]:
+    """Class decorator: make `--mm_projector_type name` build this class.
+
+    The class derives from `llava_projectors.Projector`; the keyword-only parameters of its
+    `__init__` become the options of the type. Defining the same class again, as re-running
+    a notebook cell does, replaces it.
+
+    Raises:
+        ValueError: the name is no lower-case identifier, is LLaVA's own, or is taken.
+        TypeError: not a Projector, or an option that no type string could give.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"projector name {name!r} must be lower-case letters, digits and underscores")
+    if LLAVA_TYPES.fullmatch(name):
+        raise ValueError(f"projector name {name!r} is LLaVA's own; choose another")
+
+    def register(cls: ProjectorClass) -> ProjectorClass:
+        if not (isinstance(cls, type) and issubclass(cls, Projector)):
+            raise TypeError(f"{cls!r} cannot be registered as {name!r}: derive it from llava_projectors.Projector")
+        taken = _classes.get(name)
+        if taken is not None and _import_path(taken) != _import_path(cls):
+            raise ValueError(f"projector name {name!r} is taken by {'.'.join(_import_path(taken))}")
+        _options[name] = declared_options(cls)
+        cls.name = name
+        _classes[name] = cls
+        return cls
+
+    return register
+
+
+def _import_path(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def list_projectors() -> list[str]:
+    """Names of all registered projectors, sorted."""
+    _load_entry_points()
+    return sorted(_classes)
+
+
+def projector_options(name: str) -> dict[str, Option]:
+    """The options of a registered projector, in the order of its signature."""
+    return _options[name]
+
+
+def is_registered(type_string: Any) -> TypeGuard[str]:
+    """Whether the name in a type string is one of ours; options are not looked at."""
+    return isinstance(type_string, str) and type_string.partition(":")[0].strip() in list_projectors()
+
+
+def unknown_type(type_string: Any) -> ProjectorSpecError:
+    """The error for a name that neither this package nor LLaVA knows."""
+    name = str(type_string).partition(":")[0]
+    ours = list_projectors()
+    return ProjectorSpecError(
+        f"unknown projector type {type_string!r}: llava_projectors has {', '.join(ours)}; "
+        f"LLaVA has linear, mlp2x_gelu, identity{suggest(name, [*ours, 'linear', 'mlp2x_gelu', 'identity'])}"
+    )
+
+
+def parse_spec(type_string: str) -> ProjectorSpec:
+    """Read and check a type string, for example `saep:stride=3,layers=6+12+18+23`.
+
+    Raises:
+        ProjectorSpecError: unknown name, option or value; says what is valid and what is near.
+    """
+    if not is_registered(type_string):
+        raise unknown_type(type_string)
+    name, _ = split_type_string(type_string)
+    return parse_type_string(type_string, _options[name])
+
+
+@dataclass(frozen=True)
+class ResolvedSpec:
+    """A type string with its class and the value of every option.
+
+    Attributes:
+        type_string: as the user or the checkpoint wrote it.
+        cls: the projector class.
+        options: keyword arguments for the class; None where the class derives the value.
+    """
+
+    type_string: str
+    cls: type[Projector]
+    options: dict[str, Any]
+
+    def same_projector(self, other: ResolvedSpec) -> bool:
+        """Whether both describe the same module, however they are written."""
+        return (self.cls, self.options) == (other.cls, other.options)
+
+    def build(self, mm_hidden_size: int, hidden_size: int) -> Projector:
+        """The module, with fresh weights."""
+        with _quoting(self.type_string):
+            return self.cls(mm_hidden_size, hidden_size, **self.options)
+
+    def output_side(self, side: int) -> int:
+        """Side of the grid of visual tokens for a grid of `side` x `side` patches."""
+        with _quoting(self.type_string):
+            return self.cls.output_side(side, self.options)
+
+
+@contextmanager
+def _quoting(type_string: str) -> Iterator[None]:
+    """Re-raise a projector class's ValueErrors with the type string that led to them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ProjectorSpecError(f"projector type {type_string!r}: {error}") from error
+
+
+def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
+    """Fill in the options that a type string leaves out, from `config` where the class allows, else by default.
+
+    Args:
+        type_string: one of ours.
+        config: LLaVA's config or arguments, read for the class's `config_options` only.
+    """
+    spec = parse_spec(type_string)
+    cls = _classes[spec.name]
+    options = {}
+    for option in _options[spec.name].values():
+        value = spec.options.get(option.name)
+        from_config = getattr(config, option.name, None) if option.name in cls.config_options else None
+        if value is None and from_config is not None:
+            value = option.parse(str(from_config), type_string)
+        options[option.name] = option.default if value is None else value
+    return ResolvedSpec(type_string, cls, options)
+
+
+def build_projector(type_string: str, mm_hidden_size: int = 1024, hidden_size: int = 4096) -> Projector:
+    """A projector with fresh weights; LLaVA need not be installed.
+
+    Args:
+        type_string: for example `saep` or `tokenpacker:scale_factor=3`.
+        mm_hidden_size: C, channels of one hidden state of the vision tower.
+        hidden_size: D, width of the LLM.
+
+    Returns:
+        A module that maps [B, N, L*C] to [B, M, D].
+
+    Raises:
+        ProjectorSpecError: unknown name, option or value.
+    """
+    return resolve(type_string).build(mm_hidden_size, hidden_size)
+
+
+@cache
+def _load_entry_points() -> None:
+    for entry_point in _entry_points():
+        try:
+            importlib.import_module(entry_point.value)
+        except Exception as error:  # somebody else's module must not take ours down
+            logger.warning("cannot load projectors of %s: %s: %s", entry_point, type(error).__name__, error)
+
+
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    found: Any = importlib.metadata.entry_points()
+    if hasattr(found, "select"):
+        return found.select(group=ENTRY_POINT_GROUP)
+    return found.get(ENTRY_POINT_GROUP, ())  # Python 3.9
+
+
+def _register_built_ins() -> None:
+    for found in pkgutil.iter_modules(projectors.__path__, f"{projectors.__name__}."):
+        for value in vars(importlib.import_module(found.name)).values():
+            if isinstance(value, type) and value.__module__ == found.name and "name" in vars(value):
+                register_projector(vars(value)["name"])(value)
+
+
+_register_built_ins()

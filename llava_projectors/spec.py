@@ -1,0 +1,167 @@
+"""Type strings, `name[:key=value[,key=value...]]`, and the options a projector declares.
+
+A projector's options are the keyword-only parameters of its `__init__`: their annotations
+say what a type string may give, so a signature is the only place an option is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+
+class ProjectorSpecError(ValueError):
+    """A projector's type string, or an option in it, cannot be used; the message says what can."""
+
+
+@dataclass(frozen=True)
+class ProjectorSpec:
+    """A parsed type string.
+
+    Attributes:
+        name: the projector's name in the registry.
+        options: the options that the string gives, converted; defaults are not filled in.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        pairs = ",".join(f"{key}={format_value(value)}" for key, value in self.options.items())
+        return f"{self.name}:{pairs}" if pairs else self.name
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a projector: what may stand behind `name=` in a type string.
+
+    Attributes:
+        name: the parameter's name.
+        default: the value when the type string gives none; None stands for "derived".
+        choices: the only values allowed, or () for any that converts.
+        expects: what a value looks like, in words.
+        convert: text to value; raises ValueError.
+    """
+
+    name: str
+    default: Any
+    choices: tuple[Any, ...]
+    expects: str
+    convert: Callable[[str], Any]
+
+    def parse(self, text: str, type_string: str) -> Any:
+        """The value that `text` stands for; `type_string` is quoted in errors."""
+        try:
+            value = self.convert(text)
+        except ValueError:
+            raise ProjectorSpecError(
+                f"bad value {text!r} for option {self.name!r} in projector type {type_string!r}: "
+                f"expected {self.expects}"
+            ) from None
+        if self.choices and value not in self.choices:
+            valid = ", ".join(map(format_value, self.choices))
+            raise ProjectorSpecError(
+                f"bad value {text!r} for option {self.name!r} in projector type {type_string!r}: "
+                f"valid values are {valid}{suggest(text, map(format_value, self.choices))}"
+            )
+        return value
+
+
+def format_value(value: Any) -> str:
+    """A value as a type string writes it."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or nothing."""
+    nearest = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
+    """`saep:stride=3` -> (`saep`, {`stride`: `3`}), the texts as they are written."""
+    name, colon, tail = type_string.partition(":")
+    pairs: dict[str, str] = {}
+    for part in tail.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise ProjectorSpecError(
+                f"cannot read {part!r} in projector type {type_string!r}: options are written name:key=value,key=value"
+            )
+        if key in pairs:
+            raise ProjectorSpecError(f"option {key!r} is given twice in projector type {type_string!r}")
+        pairs[key] = value
+    return name.strip(), pairs
+
+
+def parse_type_string(type_string: str, options: Mapping[str, Option]) -> ProjectorSpec:
+    """Read a type string of a projector that declares `options`."""
+    name, pairs = split_type_string(type_string)
+    for key in pairs:
+        if key not in options:
+            valid = ", ".join(options) or "none"
+            raise ProjectorSpecError(
+                f"unknown option {key!r} in projector type {type_string!r}: {name!r} has {valid}{suggest(key, options)}"
+            )
+    return ProjectorSpec(name, {key: options[key].parse(text, type_string) for key, text in pairs.items()})
+
+
+def declared_options(cls: type) -> dict[str, Option]:
+    """The options of a projector class, read off the keyword-only parameters of its `__init__`.
+
+    Annotations that a type string can express: int, float, bool, str, `Literal[...]`,
+    `tuple[int, ...]`, and `Optional` of these.
+
+    Raises:
+        TypeError: a parameter has another annotation, or no default.
+    """
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    options = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        where = f"option {parameter.name!r} of {cls.__qualname__}"
+        if parameter.default is inspect.Parameter.empty:
+            raise TypeError(f"{where} needs a default")
+        choices, expects, convert = _reader(hints.get(parameter.name, str), where)
+        options[parameter.name] = Option(parameter.name, parameter.default, choices, expects, convert)
+    return options
+
+
+def _reader(hint: Any, where: str) -> tuple[tuple[Any, ...], str, Callable[[str], Any]]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if len(inner) == 1:
+            return _reader(inner[0], where)
+    elif origin is typing.Literal:
+        convert = _READERS[type(arguments[0])][1]
+        return arguments, "one of " + ", ".join(map(format_value, arguments)), convert
+    elif origin is tuple and arguments[1:] == (Ellipsis,) and arguments[0] in _READERS:
+        expects, convert = _READERS[arguments[0]]
+        return (), f"{expects}, or several joined by '+'", lambda text: tuple(map(convert, text.split("+")))
+    elif hint in _READERS:
+        return ((), *_READERS[hint])
+    raise TypeError(
+        f"{where} is annotated {hint!r}; a type string can give int, float, bool, str, "
+        "Literal[...], tuple[int, ...] or Optional of these"
+    )
+
+
+def _read_bool(text: str) -> bool:
+    word = text.lower()
+    if word not in ("true", "false"):
+        raise ValueError(text)
+    return word == "true"
+
+
+_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", int),
+    float: ("a number", float),
+    bool: ("true or false", _read_bool),
+    str: ("a word", str),
+}

@@ -1,0 +1,303 @@
+"""The projectors against the published numbers, naive float64 references, and their contract."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llava_projectors import ProjectorSpecError, build_projector
+from llava_projectors.projectors.base import multi_level_layers
+from llava_projectors.projectors.tokenpacker import downsample_bilinear
+
+GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
+STRIDES = {"saep": "saep:stride={}", "tokenpacker": "tokenpacker:scale_factor={}"}
+ALL_TYPES = [pattern.format(s) for pattern in STRIDES.values() for s in (2, 3, 4)]
+# The LLM's own linear layers, by the names LoRA looks for in Llama, Mistral and MPT.
+LLM_LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "Wqkv")
+
+
+def features_for(projector, side=12, batch=2, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    channels = projector.num_levels * projector.mm_hidden_size
+    return torch.randn(batch, side * side, channels, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("scale_factor", [2, 3, 4])
+def test_tokenpacker_equals_published(scale_factor):
+    golden = np.load(GOLDEN)
+    projector = build_projector(f"tokenpacker:scale_factor={scale_factor}", 1024, 512)
+    parameters = dict(projector.named_parameters())
+    assert sorted(parameters) == list(golden["names"])
+    for index, (name, shape) in enumerate(zip(golden["names"], golden["shapes"])):
+        assert str(tuple(parameters[name].shape)) == shape
+        draw = np.random.RandomState(1000 + index).standard_normal(parameters[name].shape)
+        if name.startswith("ln_") and name.endswith("weight"):
+            value = 1 + 0.1 * draw
+        else:
+            value = (0.1 if draw.ndim == 1 else 0.03) * draw
+        parameters[name].data = torch.from_numpy(value.astype(np.float32))
+    levels = torch.from_numpy(np.random.RandomState(7).standard_normal((4, 2, 576, 1024)).astype(np.float32))
+
+    out = projector(torch.cat(list(levels), dim=-1))
+
+    expected = torch.from_numpy(golden[f"s{scale_factor}_out"])
+    assert relative_error(out[..., :64], expected) < 1e-5
+    assert out.norm().item() == pytest.approx(golden[f"s{scale_factor}_out_norm"].item(), rel=1e-5)
+    weight = torch.from_numpy(np.random.RandomState(8).standard_normal(tuple(out.shape)).astype(np.float32))
+    (out * weight).sum().backward()
+    for index, name in enumerate(golden["names"]):
+        # In float64: a float32 norm over four million elements is itself off by 1e-4.
+        gradient, norm = parameters[name].grad.double(), float(golden[f"s{scale_factor}_grad_norm"][index])
+        if name == "ln_k_1.bias":  # shifts all scores of a region alike, which softmax ignores
+            assert max(gradient.norm().item(), norm) < 1e-4
+            continue
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-4)
+        head = torch.from_numpy(golden[f"s{scale_factor}_grad_head"][index])
+        assert relative_error(gradient.flatten()[:8], head) < 1e-4
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def naive_saep(p, x):
+    """SAEP by loops over output patches and kernel positions; `p` is in float64."""
+    weights = dict(p.named_parameters())
+    batch, patches, _ = x.shape
+    side, s = math.isqrt(patches), p.stride
+    grid = x.double().view(batch, side, side, -1)
+
+    def aggregate(value):
+        return value @ weights["aggregate.weight"].T + weights["aggregate.bias"]
+
+    def reduce(value):
+        kernel, bias = weights["depthwise.weight"][:, 0], weights["depthwise.bias"]
+        k = kernel.shape[-1]
+        before = (k - s + 1) // 2
+        out = value.new_zeros(batch, side // s, side // s, value.shape[-1])
+        for i in range(side // s):
+            for j in range(side // s):
+                total = bias.expand(batch, -1).clone()
+                for di in range(k):
+                    for dj in range(k):
+                        row, column = i * s - before + di, j * s - before + dj
+                        if 0 <= row < side and 0 <= column < side:
+                            total = total + value[:, row, column] * kernel[:, di, dj]
+                if p.shortcut == "average":
+                    total = total + value[:, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((1, 2))
+                out[:, i, j] = total
+        return out
+
+    y = reduce(aggregate(grid)) if p.order == "pointwise_first" else aggregate(reduce(grid))
+    y = y.flatten(1, 2)
+    y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, keepdim=True, unbiased=False) + 1e-6)
+    y = y * weights["norm.weight"] + weights["norm.bias"]
+    y = y @ weights["readout.0.weight"].T + weights["readout.0.bias"]
+    y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    return y @ weights["readout.2.weight"].T + weights["readout.2.bias"]
+
+
+def naive_tokenpacker(p, x):
+    """TokenPacker by loops over queries and heads, each over its own region; `p` is in float64."""
+    w = dict(p.named_parameters())
+    batch, patches, _ = x.shape
+    side, s, channels, heads = math.isqrt(patches), p.stride, p.mm_hidden_size, p.clip_attn.num_heads
+
+    def layer_norm(value, name):
+        centred = value - value.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def stack(value, name):
+        value = F.gelu(value @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"])
+        return value @ w[f"{name}.2.weight"].T + w[f"{name}.2.bias"]
+
+    x = x.double()
+    image = x[..., -channels:].transpose(1, 2).view(batch, channels, side, side)
+    coarse = F.interpolate(image, size=(side // s, side // s), mode="bilinear").flatten(2).transpose(1, 2)
+    in_weight, in_bias = w["clip_attn.in_proj_weight"].chunk(3), w["clip_attn.in_proj_bias"].chunk(3)
+    q = layer_norm(coarse @ w["q_proj_1.weight"].T, "ln_q_1") @ in_weight[0].T + in_bias[0]
+    k = layer_norm(stack(x, "k_proj_1"), "ln_k_1") @ in_weight[1].T + in_bias[1]
+    v = layer_norm(stack(x, "v_proj_1"), "ln_v_1") @ in_weight[2].T + in_bias[2]
+    out = torch.zeros_like(q)
+    width = q.shape[-1] // heads
+    for i in range(side // s):
+        for j in range(side // s):
+            region = [(i * s + di) * side + j * s + dj for di in range(s) for dj in range(s)]
+            query = i * (side // s) + j
+            for h in range(heads):
+                head = slice(h * width, (h + 1) * width)
+                scores = (k[:, region, head] * q[:, query, None, head]).sum(-1) / math.sqrt(width)
+                out[:, query, head] = (scores.softmax(-1)[..., None] * v[:, region, head]).sum(1)
+    out = out @ w["clip_attn.out_proj.weight"].T + w["clip_attn.out_proj.bias"]
+    return stack(out, "mlp")
+
+
+NAIVE = {"saep": naive_saep, "tokenpacker": naive_tokenpacker}
+SAEP_VARIANTS = [
+    "saep:order=depthwise_first",
+    "saep:shortcut=none",
+    "saep:kernel_size=5",
+    "saep:stride=3,kernel_size=4,inner_size=24,layers=3+7",
+    "saep:kernel_size=2,order=depthwise_first,shortcut=none",
+]
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES + SAEP_VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_values_and_gradients_equal_naive_reference(type_string, dtype, tolerance):
+    torch.manual_seed(0)
+    projector = randomise(build_projector(type_string, 32, 40)).to(dtype)
+    reference = copy.deepcopy(projector).double()
+    x = features_for(projector, dtype=dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    naive = NAIVE[projector.name]
+
+    out, expected = projector(x), naive(reference, x64)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < tolerance
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    (out * weight.to(dtype)).sum().backward()
+    (expected * weight).sum().backward()
+    assert relative_error(x.grad, x64.grad) < tolerance * 2
+    for (name, parameter), reference_parameter in zip(projector.named_parameters(), reference.parameters()):
+        if name != "ln_k_1.bias":  # no gradient: softmax ignores what shifts all scores of a region alike
+            assert relative_error(parameter.grad, reference_parameter.grad) < tolerance * 2, name
+
+
+def randomise(projector):
+    """Weights large enough that no term of the mathematics vanishes, biases and norms included."""
+    for parameter in projector.parameters():
+        parameter.data.normal_(0, 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    return projector
+
+
+@pytest.mark.parametrize("type_string", ["saep", "saep:order=depthwise_first,stride=3", "tokenpacker"])
+def test_gradcheck(type_string):
+    torch.manual_seed(0)
+    projector = randomise(build_projector(type_string, 4, 3)).double()
+    x = features_for(projector, side=6, batch=1, dtype=torch.float64).requires_grad_()
+    names, values = zip(*projector.named_parameters())
+
+    def function(x, *values):
+        return torch.func.functional_call(projector, dict(zip(names, values)), (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize(("side", "mm_hidden_size", "hidden_size"), [(12, 33, 7), (24, 200, 11), (36, 48, 5)])
+def test_any_size(type_string, side, mm_hidden_size, hidden_size):
+    projector = build_projector(type_string, mm_hidden_size, hidden_size)
+    out = projector(features_for(projector, side=side, batch=3))
+    assert out.shape == (3, (side // projector.stride) ** 2, hidden_size)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+def test_non_contiguous_and_empty_input(type_string):
+    projector = build_projector(type_string, 16, 8)
+    x = features_for(projector)
+    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
+    every_second = torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]
+    for view in (transposed, every_second):
+        assert not view.is_contiguous()
+        torch.testing.assert_close(projector(view), projector(x))
+    assert projector(x[:0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+def test_a_token_sees_its_own_region_only_as_far_as_documented(type_string):
+    """One changed patch changes the token above it, and for TokenPacker no other."""
+    projector = build_projector(type_string, 16, 8)
+    x = features_for(projector, batch=1)
+    changed = x.clone()
+    row, column, s = 7, 4, projector.stride
+    changed[0, row * 12 + column] += 1
+    difference = (projector(changed) - projector(x)).abs().amax(-1).view(12 // s, 12 // s)
+    touched = {tuple(index) for index in difference.gt(1e-7).nonzero().tolist()}
+    assert (row // s, column // s) in touched
+    if projector.name == "tokenpacker":
+        assert len(touched) == 1
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+def test_no_buffers_and_lora_safe_names(type_string):
+    projector = build_projector(type_string, 16, 8)
+    assert list(projector.named_buffers()) == []
+    for name, _ in projector.named_modules():
+        assert not name.endswith(LLM_LINEAR_NAMES), name
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_downsampling_is_bilinear_interpolation(stride, dtype):
+    grid = torch.randn(2, 24, 24, 5).to(dtype)
+    expected = F.interpolate(grid.permute(0, 3, 1, 2).float(), scale_factor=1 / stride, mode="bilinear")
+    actual = downsample_bilinear(grid, stride)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected.permute(0, 2, 3, 1).to(dtype))
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(type_string, parameter_dtype):
+    """LLaVA's bf16 runs without DeepSpeed use autocast, over weights of either dtype."""
+    torch.manual_seed(0)
+    projector = build_projector(type_string, 32, 16).to(parameter_dtype)
+    x = features_for(projector)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = projector(x)
+    out.float().sum().backward()
+    assert relative_error(out, projector.float()(x)) < 3e-2
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in projector.parameters())
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+def test_training_converges(type_string):
+    """A projector learns a function of what its regions hold."""
+    torch.manual_seed(0)
+    projector = randomise(build_projector(type_string, 16, 8))
+    x = features_for(projector, batch=8)
+    s = projector.stride
+    regions = x[..., -8:].view(8, 12 // s, s, 12 // s, s, 8).mean((2, 4)).flatten(1, 2)
+    target = regions / regions.std()
+    optimizer = torch.optim.Adam(projector.parameters(), 1e-2)
+    values = []
+    for _ in range(200):
+        loss = F.mse_loss(projector(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < values[0] / 4
+
+
+@pytest.mark.parametrize("type_string", ["saep", "tokenpacker"])
+def test_bad_features_are_explained(type_string):
+    projector = build_projector(type_string, 16, 8)
+    with pytest.raises(ValueError, match=r"expects features \[batch, patches, 64\], 4 hidden states of 16 channels"):
+        projector(torch.zeros(1, 144, 16))
+    with pytest.raises(ValueError, match="without the CLS token.*got 577 patches"):
+        projector(torch.zeros(1, 577, 64))
+    with pytest.raises(ValueError, match="whose side 2 divides; got 729 patches"):
+        projector(torch.zeros(1, 729, 64))
+
+
+def test_default_layers_of_clip_large_are_the_published():
+    assert multi_level_layers(23) == (12, 16, 22, 23)
+
+
+def test_layers_option_sets_the_input_width():
+    assert build_projector("saep:layers=3+7+11", 10, 8).aggregate.in_features == 30
+
+
+def test_bad_sizes_are_explained():
+    with pytest.raises(ProjectorSpecError, match="'saep:stride=4,kernel_size=3'.*kernel_size=3 leaves patches out"):
+        build_projector("saep:stride=4,kernel_size=3")
+    with pytest.raises(ProjectorSpecError, match="inner_size=0 must be at least 1"):
+        build_projector("saep:inner_size=0")

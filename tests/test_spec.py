@@ -1,0 +1,153 @@
+"""Type strings, the registry, and the errors that users read."""
+
+import subprocess
+import sys
+import textwrap
+from typing import Literal, Optional
+
+import pytest
+
+import llava_projectors as lp
+from llava_projectors import registry
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.setattr(registry, "_options", dict(registry._options))
+
+
+@pytest.mark.parametrize(
+    ("type_string", "name", "options"),
+    [
+        ("saep", "saep", {}),
+        ("saep:stride=3", "saep", {"stride": 3}),
+        ("tokenpacker:scale_factor=3", "tokenpacker", {"scale_factor": 3}),
+        ("saep:layers=6+12+18+23,kernel_size=5", "saep", {"layers": (6, 12, 18, 23), "kernel_size": 5}),
+        ("tokenpacker:layers=-13+-2", "tokenpacker", {"layers": (-13, -2)}),
+        (" saep : stride = 4 ", "saep", {"stride": 4}),
+    ],
+)
+def test_parse_and_write_back(type_string, name, options):
+    spec = lp.parse_spec(type_string)
+    assert (spec.name, spec.options) == (name, options)
+    assert str(spec) == type_string.replace(" ", "")
+    assert lp.parse_spec(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("type_string", "message"),
+    [
+        ("seap", r"unknown projector type 'seap': llava_projectors has saep, tokenpacker.*did you mean 'saep'\?"),
+        ("TokenPaker", r"did you mean 'tokenpacker'\?"),
+        ("mlp2x_glu", r"did you mean 'mlp2x_gelu'\?"),
+        (None, "unknown projector type None"),
+        ("", "unknown projector type ''"),
+        ("saep:strid=3", r"unknown option 'strid'.*'saep' has stride, layers, .*did you mean 'stride'\?"),
+        ("saep:scale_factor=3", "unknown option 'scale_factor'"),
+        ("saep:stride=5", "bad value '5' for option 'stride'.*valid values are 2, 3, 4"),
+        ("saep:stride=two", "bad value 'two' for option 'stride'.*expected one of 2, 3, 4"),
+        ("saep:kernel_size=3.5", "bad value '3.5'.*expected a whole number"),
+        ("saep:layers=6,12", "cannot read '12'"),
+        ("saep:layers=6+x", r"bad value '6\+x'.*expected a whole number, or several joined by '\+'"),
+        ("saep:order=pointwise", r"did you mean 'pointwise_first'\?"),
+        ("saep:stride=2,stride=3", "option 'stride' is given twice"),
+        ("saep:", "cannot read ''"),
+        ("saep:stride", "cannot read 'stride'.*name:key=value,key=value"),
+        ("saep:stride=", "cannot read 'stride='"),
+    ],
+)
+def test_bad_type_strings_are_explained(type_string, message):
+    with pytest.raises(lp.ProjectorSpecError, match=message) as caught:
+        lp.parse_spec(type_string)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_options_come_from_the_signature(clean_registry):
+    @lp.register_projector("every_kind")
+    class EveryKind(lp.Projector):
+        def __init__(
+            self,
+            mm_hidden_size,
+            hidden_size,
+            *,
+            ratio: float = 0.5,
+            bias: bool = True,
+            act: str = "gelu",
+            norm: Optional[Literal["layer", "rms"]] = None,
+            widths: tuple[int, ...] = (1, 2),
+        ):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    spec = lp.parse_spec("every_kind:ratio=0.25,bias=False,act=relu,norm=rms,widths=8+9")
+    assert spec.options == {"ratio": 0.25, "bias": False, "act": "relu", "norm": "rms", "widths": (8, 9)}
+    assert registry.resolve("every_kind").options["widths"] == (1, 2)
+    with pytest.raises(lp.ProjectorSpecError, match="bad value 'yes' for option 'bias'.*true or false"):
+        lp.parse_spec("every_kind:bias=yes")
+    assert "every_kind" in lp.list_projectors()
+
+
+def test_registering_refuses_what_would_surprise(clean_registry):
+    class Fine(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    class NoDefault(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, width: int):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    class NoText(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, width: Optional[dict] = None):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    with pytest.raises(ValueError, match="'saep' is taken by llava_projectors.projectors.saep.SAEP"):
+        lp.register_projector("saep")(Fine)
+    for name in ("mlp2x_gelu", "linear", "identity"):
+        with pytest.raises(ValueError, match="LLaVA's own"):
+            lp.register_projector(name)
+    with pytest.raises(ValueError, match="lower-case"):
+        lp.register_projector("Fine:1")
+    with pytest.raises(TypeError, match=r"derive it from llava_projectors\.Projector"):
+        lp.register_projector("fine")(dict)
+    with pytest.raises(TypeError, match="'width' of .*NoDefault needs a default"):
+        lp.register_projector("no_default")(NoDefault)
+    with pytest.raises(TypeError, match="'width' of .*NoText is annotated"):
+        lp.register_projector("no_text")(NoText)
+    assert lp.register_projector("fine")(Fine) is Fine
+    assert lp.register_projector("fine")(Fine) is Fine  # a notebook cell run again
+    assert lp.list_projectors() == ["fine", "saep", "tokenpacker"]
+
+
+def test_scale_factor_of_the_config_counts_when_the_type_string_gives_none():
+    class Config:
+        scale_factor = 3
+        stride = 4
+
+    assert registry.resolve("tokenpacker", Config).options["scale_factor"] == 3
+    assert registry.resolve("tokenpacker:scale_factor=4", Config).options["scale_factor"] == 4
+    assert registry.resolve("saep", Config).options["stride"] == 2
+    Config.scale_factor = 7
+    with pytest.raises(lp.ProjectorSpecError, match="bad value '7' for option 'scale_factor'"):
+        registry.resolve("tokenpacker", Config)
+
+
+def test_types_of_other_distributions(tmp_path):
+    """An entry point brings a type into every process; a broken one is named and takes nothing down."""
+    (tmp_path / "their_projectors.py").write_text(
+        textwrap.dedent("""
+        import llava_projectors
+
+        @llava_projectors.register_projector("theirs")
+        class Theirs(llava_projectors.Projector):
+            def __init__(self, mm_hidden_size, hidden_size):
+                super().__init__(mm_hidden_size, hidden_size, None, 1)
+        """)
+    )
+    metadata = tmp_path / "theirs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[llava_projectors]\na = their_projectors\nb = not_there\n")
+    script = "import llava_projectors; print(llava_projectors.list_projectors())"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['saep', 'theirs', 'tokenpacker']"
+    assert "not_there" in done.stderr
