@@ -17,6 +17,7 @@ from typing import Any
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
+from sklearn.datasets import load_sample_image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -53,7 +54,10 @@ def make_vision_tower(
 
 
 def make_llm(path: Path, hidden_size: int = 80, num_layers: int = 2) -> Path:
-    """Write a Llama checkpoint with random weights and a tokenizer that covers all of ASCII."""
+    """Write a Llama checkpoint with random weights and a tokenizer that covers all of ASCII.
+
+    `hidden_size` is a multiple of 40, the width of a head.
+    """
     torch.manual_seed(1)
     tokenizer = _make_tokenizer(path)
     config = LlamaConfig(
@@ -61,7 +65,7 @@ def make_llm(path: Path, hidden_size: int = 80, num_layers: int = 2) -> Path:
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
-        num_attention_heads=max(1, hidden_size // 40),
+        num_attention_heads=hidden_size // 40,
         max_position_embeddings=2048,
         pad_token_id=tokenizer.unk_token_id,
     )
@@ -120,8 +124,6 @@ def make_images(folder: Path, num_scenes: int = 6) -> dict[str, str]:
 
     The photographs are those that scikit-learn ships (both under CC BY licences).
     """
-    from sklearn.datasets import load_sample_image
-
     folder.mkdir(parents=True, exist_ok=True)
     captions = dict(PHOTOGRAPHS)
     for name in PHOTOGRAPHS:

@@ -119,12 +119,18 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
         raise ProjectorSpecError(f"{prefix}: --mm_vision_select_layer {select_layer} is out of range; {tower_is}")
     selected = select_layer % (depth + 1)
     layers = given or resolved.cls.default_layers(selected)
-    shown = f"layers={format_value(layers)}" if given else f"the default layers {format_value(layers)}"
+    shown = f"layers={format_value(layers)}"
     for layer in layers:
         if not -depth - 1 <= layer <= depth:
             raise ProjectorSpecError(f"{prefix}: layer {layer} is out of range; {tower_is}")
     absolute = tuple(layer % (depth + 1) for layer in layers)
     if list(absolute) != sorted(set(absolute)):
+        if not given:
+            raise ProjectorSpecError(
+                f"{prefix}: the default layers {format_value(layers)} need a selected layer of at least 6, "
+                f"and --mm_vision_select_layer {select_layer} is {selected}; list them yourself, for example "
+                f"{resolved.cls.name}:layers={selected}; {tower_is}"
+            )
         raise ProjectorSpecError(
             f"{prefix}: {shown} must be ascending and without repeats "
             f"(here {format_value(absolute)}, counted from 0); {tower_is}"

@@ -1,0 +1,185 @@
+"""What `llava-projectors doctor` looks at: the hook, LLaVA, its seams, and the versions around them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import pkgutil
+import subprocess
+import sys
+import types
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Optional
+
+from llava_projectors.integration import seams
+
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "flash-attn")
+
+
+@dataclass
+class PackageDiagnosis:
+    """LLaVA, or one fork of it.
+
+    Attributes:
+        package: the name it is imported by.
+        version: of the distribution that holds it, if one does.
+        place: its folder; None when it cannot be found.
+        seams: state of every row of the table of seams.
+        problems: why it cannot be patched, each with a remedy; empty when all is well.
+    """
+
+    package: str
+    version: Optional[str] = None
+    place: Optional[str] = None
+    seams: list[seams.SeamReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Diagnosis:
+    """Everything that `doctor` reports.
+
+    Attributes:
+        python: path of the interpreter that was examined.
+        armed: whether a fresh interpreter of this environment has the hook.
+        versions: of the libraries around, None where one is not installed.
+        packages: one entry for each package examined.
+        problems: what concerns no single package.
+    """
+
+    python: str
+    armed: bool
+    versions: dict[str, Optional[str]]
+    packages: list[PackageDiagnosis]
+    problems: list[str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every package examined is patched in every process of the environment."""
+        return not self.problems and not any(p.problems for p in self.packages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"healthy": self.healthy, **asdict(self)}
+
+
+def diagnose(packages: list[str], disabled_by: Optional[str]) -> Diagnosis:
+    """Examine this environment.
+
+    Args:
+        packages: names to look at, `llava` and forks.
+        disabled_by: the environment variable that switches the hook off, if it does.
+    """
+    problems = []
+    armed = _starts_armed()
+    if disabled_by:
+        problems.append(f"the hook is switched off by the environment variable {disabled_by}: unset it")
+        armed = False
+    elif not armed:
+        problems.append(
+            "a fresh interpreter is not armed, the start-up file llava_projectors.pth is not in its site-packages: "
+            f"run `{sys.executable} -m pip install llava-projectors`"
+        )
+    versions = {name: _version(name) for name in LIBRARIES}
+    return Diagnosis(sys.executable, armed, versions, [_diagnose_package(p) for p in packages], problems)
+
+
+def _starts_armed() -> bool:
+    script = "import sys; sys.exit('llava_projectors.autoload' not in sys.modules)"
+    return subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def _version(distribution: str) -> Optional[str]:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _diagnose_package(package: str) -> PackageDiagnosis:
+    diagnosis = PackageDiagnosis(package)
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        diagnosis.problems.append(
+            f"no package {package!r} can be imported here: install LLaVA in this environment "
+            "(`pip install -e .` in its checkout), or name your fork's package with --package"
+        )
+        return diagnosis
+    diagnosis.place = next(iter(spec.submodule_search_locations), None)
+    diagnosis.version = next(filter(None, map(_version, _distributions(package))), None)
+    error = _import_error(package)
+    if error is not None:
+        diagnosis.problems.append(f"importing {package!r} fails, with or without this plugin: {error}")
+        return diagnosis
+    for name in _seam_modules(package):
+        try:
+            importlib.import_module(name)
+        except Exception as failure:
+            diagnosis.problems.append(f"importing {name} fails: {type(failure).__name__}: {failure}")
+    diagnosis.seams = seams.report(package)
+    absent = [seam.seam for seam in diagnosis.seams if seam.state in ("missing", "waiting")]
+    unpatched = [seam.seam for seam in diagnosis.seams if seam.state == "found"]
+    if absent:
+        diagnosis.problems.append(
+            f"{package} has no {' and no '.join(absent)}: it is no LLaVA, or a fork laid out so differently "
+            "that our types cannot be used with it"
+        )
+    elif unpatched:
+        diagnosis.problems.append(
+            f"{package} can be patched but is not: set LLAVA_PROJECTORS_PACKAGES={package}, "
+            f"or call llava_projectors.patch({package!r}) before training and serving"
+        )
+    return diagnosis
+
+
+def _distributions(package: str) -> list[str]:
+    if sys.version_info >= (3, 10):
+        return importlib.metadata.packages_distributions().get(package, [])
+    return ["llava-torch", package]
+
+
+def _import_error(package: str) -> Optional[str]:
+    """Why the package cannot be imported, or None.
+
+    LLaVA hides errors inside its models behind a bare `except: pass` and then fails on a name that
+    is not there; the models are imported one by one, below an empty parent, to see the cause.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            importlib.import_module(package)
+            return None
+        except Exception as failure:
+            shown = f"{type(failure).__name__}: {failure}"
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        parent = types.ModuleType(package)
+        parent.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules[package] = parent
+        try:
+            for name in _submodules(f"{package}.model.language_model", "*"):
+                importlib.import_module(name)
+        except Exception as cause:
+            shown += f" (the cause, which {package} hides: {type(cause).__name__}: {cause})"
+        finally:
+            del sys.modules[package]
+    return shown
+
+
+def _seam_modules(package: str) -> list[str]:
+    """Names of the modules that the table of seams means, wildcards resolved by looking at the folder."""
+    names: dict[str, None] = {}
+    for seam in seams.SEAMS:
+        parent, _, pattern = f"{package}.{seam.module}".rpartition(".")
+        names.update(dict.fromkeys(_submodules(parent, pattern)))
+    return list(names)
+
+
+def _submodules(parent: str, pattern: str) -> list[str]:
+    try:
+        path = importlib.import_module(parent).__path__
+    except (ImportError, AttributeError):
+        return []
+    return [f"{parent}.{m.name}" for m in pkgutil.iter_modules(path) if fnmatchcase(m.name, pattern)]

@@ -1,0 +1,117 @@
+"""Tiny models in LLaVA's formats, made once a session, and runs of LLaVA's own training script on them."""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
+
+from llava_projectors.demo import assets, train
+
+
+@dataclass
+class Tiny:
+    root: Path
+    tower: Path
+    llm: Path
+    pretrain_data: Path
+    finetune_data: Path
+    images: Path
+
+    def pretrain(self, name, projector_type, environment=None, **arguments):
+        """Stage 1 in a subprocess; returns the folder with `mm_projector.bin` and the output."""
+        options = train.pretrain_arguments(self.pretrain_data, self.images, max_steps=3, **arguments)
+        return self.run(name, projector_type, environment, options)
+
+    def finetune(self, name, projector_type, adapter=None, environment=None, **arguments):
+        """Stage 2 in a subprocess; returns the checkpoint's folder and the output."""
+        options = train.finetune_arguments(self.finetune_data, self.images, adapter, **{"max_steps": 3, **arguments})
+        return self.run(name, projector_type, environment, options)
+
+    def run(self, name, projector_type, environment, options):
+        output = self.root / "runs" / f"llava-{name}"
+        command = train.training_command(output, self.llm, self.tower, projector_type, **options)
+        return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    pretrain_data, finetune_data = assets.make_dataset(root / "data", num_scenes=2)
+    return Tiny(
+        root,
+        assets.make_vision_tower(root / "clip"),
+        assets.make_llm(root / "vicuna"),
+        pretrain_data,
+        finetune_data,
+        root / "data" / "images",
+    )
+
+
+@dataclass
+class Trained:
+    adapter: Path
+    checkpoint: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def trained(tiny):
+    """type string -> its pretrained adapter and its checkpoint, over-fitted in 100 steps; trained once."""
+
+    @cache
+    def get(projector_type):
+        name = projector_type.replace(":", "-").replace("=", "-")
+        adapter, first = tiny.pretrain(f"{name}-pretrain", projector_type)
+        checkpoint, second = tiny.finetune(name, projector_type, adapter / "mm_projector.bin", max_steps=100)
+        return Trained(adapter, checkpoint, first + second)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def model_args(tiny):
+    """The real ModelArguments of LLaVA's script, with the tiny vision tower."""
+    from llava.train.train import ModelArguments
+
+    def make(projector_type, **arguments):
+        defaults = {"vision_tower": str(tiny.tower), "mm_vision_select_layer": -2}
+        return ModelArguments(mm_projector_type=projector_type, **{**defaults, **arguments})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build_model(tiny, model_args):
+    """type string -> a LLaVA model as its training script builds it, on random weights."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    def make(projector_type):
+        torch.manual_seed(0)
+        model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
+        model.get_model().initialize_vision_modules(model_args(projector_type))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def llava_train(tiny, tmp_path, monkeypatch):
+    """Run LLaVA's `train()` in this process, for errors that come before the first step."""
+    from llava import conversation
+    from llava.train import train as script
+
+    def run(projector_type, **arguments):
+        data = train.finetune_arguments(tiny.finetune_data, tiny.images, None, max_steps=1)
+        llm = arguments.pop("llm", tiny.llm)
+        command = train.training_command(tmp_path / "llava-x", llm, tiny.tower, projector_type, **data, **arguments)
+        monkeypatch.setattr(sys, "argv", command[2:])
+        monkeypatch.setattr(conversation, "default_conversation", conversation.default_conversation)
+        script.train()
+
+    return run

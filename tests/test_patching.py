@@ -1,0 +1,219 @@
+"""The hook and the table of seams: reversible, idempotent, in any import order, for any package name."""
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+import llava_projectors
+from llava_projectors import autoload
+from llava_projectors.integration import seams
+
+LLAVA = Path(importlib.metadata.distribution("llava-torch").locate_file("llava"))
+
+
+def python(script, *, cwd=None, **environment):
+    """Run a script in a fresh interpreter and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+SHOW_PATCHED = """
+from llava.model import llava_arch
+from llava.model.multimodal_projector import builder
+print(hasattr(llava_arch.build_vision_tower, "__wrapped__"),
+      hasattr(llava_arch.build_vision_projector, "__wrapped__"),
+      llava_arch.build_vision_projector is builder.build_vision_projector,
+      hasattr(llava_arch.LlavaMetaModel.initialize_vision_modules, "__wrapped__"))
+"""
+
+
+def test_a_fresh_interpreter_is_armed_and_imports_nothing():
+    script = """
+    import sys
+    before = set(sys.modules)
+    print("torch" in before, "typing" in before, sorted(m for m in before if m.startswith("llava_projectors")))
+    """
+    assert python(script) == "False False ['llava_projectors', 'llava_projectors.autoload']"
+
+
+def test_importing_llava_patches_it():
+    assert python(SHOW_PATCHED) == "True True True True"
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_disabled_by_the_environment(value):
+    assert python("import llava_projectors" + SHOW_PATCHED, LLAVA_PROJECTORS_DISABLE=value) == "False False True False"
+
+
+@pytest.mark.parametrize("value", ["", "0", "false"])
+def test_not_disabled_by_an_empty_or_false_value(value):
+    assert python(SHOW_PATCHED, LLAVA_PROJECTORS_DISABLE=value) == "True True True True"
+
+
+def test_explicit_patch_after_llava_was_imported():
+    """LLaVA first, the hook off; then one call patches every module that holds a name, the user's too."""
+    script = f"""
+    from llava.model.multimodal_projector.builder import build_vision_projector as mine
+    from llava.model.multimodal_projector.builder import build_vision_projector
+    import llava_projectors
+    assert not hasattr(build_vision_projector, "__wrapped__")
+    states = {{r.state for r in llava_projectors.patch()}}
+    assert states == {{"patched"}}, states
+    assert build_vision_projector.__wrapped__ is mine
+    {SHOW_PATCHED.replace(chr(10), chr(10) + "    ")}
+    """
+    assert python(script, LLAVA_PROJECTORS_DISABLE="1") == "True True True True"
+
+
+def test_import_of_the_package_after_llava_patches_it():
+    """As a fork's `import llava_projectors` does where no start-up file is installed."""
+    script = "import sys; sys.meta_path.pop(0); del sys.modules['llava_projectors']; "
+    script += "del sys.modules['llava_projectors.autoload']\nimport llava.model\nimport llava_projectors\n"
+    assert python(script + SHOW_PATCHED) == "True True True True"
+
+
+def attributes():
+    from llava.model import llava_arch
+    from llava.model.multimodal_encoder import builder as tower_builder
+    from llava.model.multimodal_projector import builder as projector_builder
+
+    owners = (llava_arch, tower_builder, projector_builder, llava_arch.LlavaMetaModel)
+    names = ("build_vision_tower", "build_vision_projector", "__init__", "initialize_vision_modules")
+    return {(owner.__name__, name): vars(owner)[name] for owner in owners for name in names if name in vars(owner)}
+
+
+@pytest.fixture
+def patched_again():
+    yield
+    llava_projectors.patch()
+
+
+def test_patch_is_idempotent_and_unpatch_restores_every_object(patched_again):
+    llava_projectors.patch()
+    once = attributes()
+    assert {r.state for r in llava_projectors.patch()} == {"patched"}
+    twice = attributes()
+    assert all(once[key] is twice[key] for key in once)
+    originals = {key: value.__wrapped__ for key, value in once.items()}
+
+    llava_projectors.unpatch()
+    restored = attributes()
+    assert len(restored) == 6
+    assert all(restored[key] is originals[key] for key in originals)
+    assert {r.state for r in seams.report("llava")} == {"found"}
+    assert "llava" not in autoload.armed_packages()
+    llava_projectors.unpatch()  # once more is harmless
+    assert all(attributes()[key] is originals[key] for key in originals)
+
+    llava_projectors.patch()
+    assert all(attributes()[key].__wrapped__ is originals[key] for key in originals)
+
+
+def test_patch_and_unpatch_from_several_threads(patched_again):
+    llava_projectors.unpatch()
+    originals = attributes()
+    errors = []
+
+    def work():
+        try:
+            for _ in range(30):
+                llava_projectors.patch()
+                llava_projectors.unpatch()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    llava_projectors.unpatch()
+    assert errors == []
+    assert all(attributes()[key] is originals[key] for key in originals)
+
+
+def test_a_reloaded_module_is_patched_again(patched_again):
+    from llava.model.multimodal_projector import builder
+
+    llava_projectors.patch()
+    importlib.reload(builder)
+    assert hasattr(builder.build_vision_projector, "__wrapped__")
+    assert not hasattr(builder.build_vision_projector.__wrapped__, "__wrapped__")
+
+
+def copy_llava(folder, package):
+    """LLaVA's own sources under another package name, as a fork is."""
+    shutil.copytree(LLAVA, folder / package, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval"))
+    for path in (folder / package).rglob("*.py"):
+        path.write_text(path.read_text().replace("llava.", f"{package}.").replace("from llava ", f"from {package} "))
+    return folder
+
+
+SHOW_FORK = SHOW_PATCHED.replace("llava.model", "myfork.model")
+
+
+def test_forks_with_another_package_name(tmp_path):
+    copy_llava(tmp_path, "myfork")
+    assert python(SHOW_FORK, cwd=tmp_path) == "False False True False"
+    assert python(SHOW_FORK, cwd=tmp_path, LLAVA_PROJECTORS_PACKAGES="other, myfork") == "True True True True"
+    script = "import llava_projectors; llava_projectors.patch('myfork')\n" + SHOW_FORK
+    assert python(script, cwd=tmp_path) == "True True True True"
+
+
+def test_patching_what_is_not_there_is_an_error():
+    with pytest.raises(seams.PatchError, match="cannot patch 'lava': no such package"):
+        llava_projectors.patch("lava")
+    assert "lava" not in autoload.armed_packages()
+
+
+def test_a_fork_without_a_seam_fails_when_a_projector_is_asked_for(tmp_path):
+    """Not at import, where LLaVA swallows errors; and a stock projector is not disturbed."""
+    copy_llava(tmp_path, "myfork")
+    builder = tmp_path / "myfork" / "model" / "multimodal_encoder" / "builder.py"
+    builder.write_text(builder.read_text().replace("def build_vision_tower(", "def make_tower("))
+    arch = tmp_path / "myfork" / "model" / "llava_arch.py"
+    arch.write_text(arch.read_text().replace("import build_vision_tower", "import make_tower as build_vision_tower"))
+    script = """
+    from types import SimpleNamespace
+    from myfork.model.llava_arch import build_vision_projector
+    print(build_vision_projector(SimpleNamespace(mm_projector_type="linear", mm_hidden_size=4, hidden_size=8)))
+    try:
+        build_vision_projector(SimpleNamespace(mm_projector_type="saep", mm_hidden_size=4, hidden_size=8))
+    except Exception as error:
+        print(type(error).__name__, error)
+    """
+    lines = python(script, cwd=tmp_path, LLAVA_PROJECTORS_PACKAGES="myfork").splitlines()
+    assert lines[0] == "Linear(in_features=4, out_features=8, bias=True)"
+    assert lines[1].startswith("PatchError 'myfork' is patched only in part")
+    assert "model.multimodal_encoder.builder.build_vision_tower is missing" in lines[1]
+    assert "doctor --package myfork" in lines[1]
+
+
+def test_an_error_while_patching_leaves_llava_importable(tmp_path):
+    """Our own package broken in the middle: one line on stderr, and LLaVA as it is without us."""
+    script = """
+    import sys
+    sys.modules["llava_projectors.integration"] = None  # what a half-removed installation looks like
+    import llava.model.multimodal_projector.builder as builder
+    print(hasattr(builder.build_vision_projector, "__wrapped__"))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert "llava_projectors: cannot patch llava.model.multimodal_" in done.stderr
+    assert "llava-projectors doctor" in done.stderr

@@ -1,0 +1,170 @@
+"""The multi-layer tower against LLaVA's own, on a real CLIP."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llava_projectors
+from llava_projectors import ProjectorSpecError, registry
+from llava_projectors.integration.tower import resolve_layers
+
+
+@pytest.fixture(scope="module")
+def towers(tiny):
+    """type string, keyword arguments -> a tower from LLaVA's (patched) builder."""
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    def make(projector_type, delay_load=False, **settings):
+        defaults = {"mm_vision_tower": str(tiny.tower), "mm_vision_select_layer": -2}
+        cfg = SimpleNamespace(mm_projector_type=projector_type, **{**defaults, **settings})
+        return build_vision_tower(cfg, delay_load=delay_load)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+
+
+def test_features_are_the_hidden_states_side_by_side(towers, images):
+    tower, stock = towers("saep"), towers("mlp2x_gelu")
+    assert type(stock).__name__ == "CLIPVisionTower"
+    assert isinstance(tower, type(stock))
+    features = tower(images)
+    assert features.shape == (3, 576, 4 * 32)
+    with torch.no_grad():
+        hidden_states = stock.vision_tower(images, output_hidden_states=True).hidden_states
+    for block, layer in zip(features.split(32, dim=-1), (12, 16, 22, 23)):
+        assert torch.equal(block, hidden_states[layer][:, 1:])
+    assert torch.equal(features[..., -32:], stock(images))
+
+
+@pytest.mark.parametrize("select", [-2, -3, -1, 22])
+def test_the_last_block_is_what_llava_selects(towers, images, select):
+    tower, stock = (towers(t, mm_vision_select_layer=select) for t in ("tokenpacker", "mlp2x_gelu"))
+    assert torch.equal(tower(images[:1])[..., -32:], stock(images[:1]))
+
+
+def test_layers_option(towers, images):
+    tower, absolute = towers("saep:layers=-13+-2"), towers("saep:layers=12+23")
+    assert tower.projector_layers == absolute.projector_layers == (12, 23)
+    assert torch.equal(tower(images[:1]), absolute(images[:1]))
+
+
+def test_a_list_of_images_goes_one_by_one(towers, images):
+    features = towers("saep")(list(images))
+    assert [tuple(f.shape) for f in features] == [(1, 576, 128)] * 3
+    torch.testing.assert_close(torch.cat(features), towers("saep")(images))
+
+
+def test_features_have_the_dtype_of_the_images(towers, images):
+    tower = towers("saep")
+    assert tower(images[:1].to(torch.bfloat16)).dtype == torch.bfloat16
+    assert tower.to(torch.bfloat16)(images[:1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("delay_load", [False, True])
+@pytest.mark.parametrize(
+    ("projector_type", "side"), [("saep", 12), ("saep:stride=3", 8), ("tokenpacker:scale_factor=4", 6)]
+)
+def test_reported_grid_is_after_the_projector(towers, projector_type, side, delay_load):
+    tower = towers(projector_type, delay_load=delay_load)
+    assert tower.is_loaded is not delay_load
+    assert (tower.num_patches_per_side, tower.num_patches) == (side, side**2)
+    assert tower.hidden_size == 32  # so that config.mm_hidden_size keeps its meaning
+
+
+def test_delayed_tower_serves_once_loaded(towers, images):
+    tower = towers("saep", delay_load=True)
+    tower.load_model()
+    assert torch.equal(tower(images[:1]), towers("saep")(images[:1]))
+    assert not any(p.requires_grad for p in tower.parameters())
+
+
+def test_stock_types_get_llavas_own_tower(towers):
+    tower = towers("mlp2x_gelu")
+    assert type(tower).__mro__[1] is torch.nn.Module
+    assert tower.num_patches == 576
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))])
+def test_copies(towers, images, copied):
+    tower = towers("saep:stride=3")
+    twin = copied(tower)
+    assert type(twin) is type(tower)
+    assert twin.num_patches == 64
+    assert torch.equal(twin(images[:1]), tower(images[:1]))
+
+
+@pytest.mark.parametrize(
+    ("projector_type", "settings", "message"),
+    [
+        ("saep:layers=12+30+23", {}, "layer 30 is out of range; the vision tower has 24 layers, hidden states 0 to 24"),
+        ("saep:layers=-26+-2", {}, "layer -26 is out of range"),
+        ("saep:layers=16+12+23", {}, r"layers=16\+12\+23 must be ascending and without repeats"),
+        ("saep:layers=23+-2", {}, r"without repeats \(here 23\+23, counted from 0\)"),
+        ("saep:layers=12+16", {}, "must end in hidden state 23.*pass --mm_vision_select_layer 16"),
+        ("saep", {"mm_vision_select_layer": -30}, "--mm_vision_select_layer -30 is out of range"),
+        (
+            "saep",
+            {"mm_vision_select_layer": 1},
+            r"default layers 1\+1\+0\+1 need a selected layer of at least 6.*layers=1",
+        ),
+        (
+            "tokenpacker",
+            {"mm_vision_select_feature": "cls_patch"},
+            "--mm_vision_select_feature cls_patch must be patch",
+        ),
+        ("saep:stride=5", {}, "bad value '5'"),
+        ("saep:strde=2", {}, "did you mean 'stride'"),
+    ],
+)
+def test_bad_settings_are_explained_before_weights_are_read(towers, monkeypatch, projector_type, settings, message):
+    from transformers import CLIPVisionModel
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", no_weights)
+    with pytest.raises(ProjectorSpecError, match=message):
+        towers(projector_type, **settings)
+
+
+def test_stride_must_divide_the_grid(towers, tmp_path):
+    from llava_projectors.demo.assets import make_vision_tower
+
+    small = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70)
+    with pytest.raises(
+        ProjectorSpecError, match=r"'saep:stride=3': stride=3 does not divide the 5x5 patch grid \(divisors: none\)"
+    ):
+        towers("saep:stride=3", mm_vision_tower=str(small))
+    with pytest.raises(ProjectorSpecError, match="scale_factor=2 does not divide the 5x5"):
+        towers("tokenpacker", mm_vision_tower=str(small), scale_factor=2)
+
+
+def test_towers_that_are_no_single_grid_are_refused(towers, monkeypatch):
+    """A multi-scale tower (S2) concatenates channels of several scales; the released LLaVA has none yet."""
+    from llava.model.multimodal_encoder import clip_encoder
+
+    monkeypatch.setattr(clip_encoder.CLIPVisionTower, "hidden_size", property(lambda self: 96))
+    with pytest.raises(ProjectorSpecError, match="multi-scale vision tower CLIPVisionTower: it returns 96 channels"):
+        towers("saep")
+
+
+@pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (12, -2, (6, 8, 10, 11))])
+def test_default_layers_scale_with_the_depth(depth, select, layers):
+    assert resolve_layers(registry.resolve("saep"), depth, select) == layers
+
+
+def test_a_patched_tower_outlives_unpatch(towers, images):
+    tower = towers("saep")
+    expected = tower(images[:1])
+    try:
+        llava_projectors.unpatch()
+        assert torch.equal(tower(images[:1]), expected)
+    finally:
+        llava_projectors.patch()
