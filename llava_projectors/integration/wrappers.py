@@ -37,7 +37,9 @@ def projector_builder(original: Function, check_patched: Callable[[], None]) -> 
             return registry.resolve(type_string, config).build(config.mm_hidden_size, config.hidden_size)
         try:
             return original(config, *args, **kwargs)
-        except ValueError as error:  # LLaVA's own word for a type that it does not know
+        except ValueError as error:
+            if "unknown projector" not in str(error).lower():
+                raise
             raise registry.unknown_type(type_string) from error
 
     return build_vision_projector
@@ -123,9 +125,13 @@ def check_adapter(model: Any, model_args: Any, type_string: str, build_tower: Fu
     if path is None or not os.path.isfile(path):  # a missing file is LLaVA's to report
         return
     tower = model.get_vision_tower() or build_tower(model_args, delay_load=True)
+    resolved = registry.resolve(type_string, model.config)
     with torch.device("meta"):
-        projector = registry.resolve(type_string, model.config).build(tower.hidden_size, model.config.hidden_size)
+        projector = resolved.build(tower.hidden_size, model.config.hidden_size)
     weights.check_adapter(projector, type_string, path)
+    written_as = weights.sibling_type(path)
+    if registry.is_registered(written_as) and not resolved.same_projector(registry.resolve(written_as)):
+        log(f"WARNING: {path} was trained as {written_as!r}; its weights fit and go on as {type_string!r}")
 
 
 def announce(model: Any) -> None:
