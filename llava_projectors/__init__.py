@@ -11,6 +11,7 @@ from llava_projectors.autoload import TYPE_CHECKING, arm_from_environment, patch
 if TYPE_CHECKING:
     from typing import Any
 
+    from llava_projectors.integration.weights import ProjectorWeightsError
     from llava_projectors.projectors.base import Projector
     from llava_projectors.registry import (
         build_projector,
@@ -24,6 +25,7 @@ __all__ = [
     "Projector",
     "ProjectorSpec",
     "ProjectorSpecError",
+    "ProjectorWeightsError",
     "build_projector",
     "list_projectors",
     "parse_spec",
@@ -36,6 +38,7 @@ _HOME = {
     "Projector": "projectors.base",
     "ProjectorSpec": "spec",
     "ProjectorSpecError": "spec",
+    "ProjectorWeightsError": "integration.weights",
     "build_projector": "registry",
     "list_projectors": "registry",
     "parse_spec": "registry",

@@ -121,6 +121,7 @@ def test_one_line_says_what_was_built(build_model):
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("llava_projectors")
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         build_model("mlp2x_gelu")
         assert messages == []

@@ -114,20 +114,21 @@ def _diagnose_package(package: str) -> PackageDiagnosis:
     if error is not None:
         diagnosis.problems.append(f"importing {package!r} fails, with or without this plugin: {error}")
         return diagnosis
-    for name in _seam_modules(package):
+    for name, required in _seam_modules(package).items():
         try:
             importlib.import_module(name)
-        except Exception as failure:
-            diagnosis.problems.append(f"importing {name} fails: {type(failure).__name__}: {failure}")
+        except Exception as failure:  # LLaVA itself does without a model that cannot be imported
+            if required:
+                diagnosis.problems.append(f"importing {name} fails: {type(failure).__name__}: {failure}")
     diagnosis.seams = seams.report(package)
-    absent = [seam.seam for seam in diagnosis.seams if seam.state in ("missing", "waiting")]
-    unpatched = [seam.seam for seam in diagnosis.seams if seam.state == "found"]
+    rows = [row for row, seam in zip(diagnosis.seams, seams.SEAMS) if seam.required]
+    absent = [row.seam for row in rows if row.state in ("missing", "waiting")]
     if absent:
         diagnosis.problems.append(
             f"{package} has no {' and no '.join(absent)}: it is no LLaVA, or a fork laid out so differently "
             "that our types cannot be used with it"
         )
-    elif unpatched:
+    elif any(row.state == "found" for row in rows):
         diagnosis.problems.append(
             f"{package} can be patched but is not: set LLAVA_PROJECTORS_PACKAGES={package}, "
             f"or call llava_projectors.patch({package!r}) before training and serving"
@@ -168,13 +169,14 @@ def _import_error(package: str) -> Optional[str]:
     return shown
 
 
-def _seam_modules(package: str) -> list[str]:
-    """Names of the modules that the table of seams means, wildcards resolved by looking at the folder."""
-    names: dict[str, None] = {}
+def _seam_modules(package: str) -> dict[str, bool]:
+    """Modules that the table of seams means, wildcards resolved in the folder -> whether one in it is required."""
+    names: dict[str, bool] = {}
     for seam in seams.SEAMS:
         parent, _, pattern = f"{package}.{seam.module}".rpartition(".")
-        names.update(dict.fromkeys(_submodules(parent, pattern)))
-    return list(names)
+        for name in _submodules(parent, pattern):
+            names[name] = names.get(name, False) or seam.required
+    return names
 
 
 def _submodules(parent: str, pattern: str) -> list[str]:

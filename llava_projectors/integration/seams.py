@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,12 +33,15 @@ class Seam:
         owner: pattern of the class that has the attribute, or "" for the module itself.
         attribute: the function or method.
         wrap: makes the replacement from the original.
+        required: whether our types cannot work without it. The others are safeguards, which a
+            program that never imports their module does without.
     """
 
     module: str
     owner: str
     attribute: str
-    wrap: Callable[[Callable[..., Any], Callable[[], None]], Callable[..., Any]]
+    wrap: Callable[[Any, Callable[[], None]], Any]
+    required: bool = True
 
     def __str__(self) -> str:
         return ".".join(filter(None, (self.module, self.owner, self.attribute)))
@@ -48,6 +52,8 @@ SEAMS = (
     Seam("model.multimodal_projector.builder", "", "build_vision_projector", wrappers.projector_builder),
     Seam("model.*_arch", "*MetaModel", "__init__", wrappers.model_constructor),
     Seam("model.*_arch", "*MetaModel", "initialize_vision_modules", wrappers.vision_initializer),
+    Seam("model.language_model.*", "*ForCausalLM", "from_pretrained", wrappers.checkpoint_loader, required=False),
+    Seam("model.builder", "", "load_pretrained_model", wrappers.model_loader, required=False),
 )
 
 
@@ -67,13 +73,14 @@ class SeamReport:
     where: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Patch:
     package: str
     seam: Seam
     owner: Union[ModuleType, type]
-    original: Callable[..., Any]
-    wrapper: Callable[..., Any]
+    original: Any
+    wrapper: Any
+    inherited: bool
 
 
 _patches: list[_Patch] = []
@@ -90,7 +97,7 @@ def has_seams(package: str, module_name: str) -> bool:
 
 
 def _owners(seam: Seam, module: ModuleType) -> Iterator[Union[ModuleType, type]]:
-    """The module, or the classes defined in it, whose own attribute the seam means."""
+    """The module, or the classes defined in it, that have the seam's attribute."""
     candidates: list[Any] = [module]
     if seam.owner:
         candidates = [
@@ -99,8 +106,13 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[Union[ModuleType, type]]
             if isinstance(value, type) and value.__module__ == module.__name__ and fnmatchcase(name, seam.owner)
         ]
     for candidate in candidates:
-        if callable(vars(candidate).get(seam.attribute)):
+        if callable(getattr(candidate, seam.attribute, None)):
             yield candidate
+
+
+def _attribute(owner: Union[ModuleType, type], name: str) -> Any:
+    """The attribute as it is stored, a class method unbound, in the owner or a class it inherits from."""
+    return inspect.getattr_static(owner, name)
 
 
 def _modules(package: str, seam: Seam) -> list[ModuleType]:
@@ -122,17 +134,18 @@ def patch_module(package: str, module: ModuleType) -> None:
             if not _suffix_matches(seam, package, module.__name__):
                 continue
             for owner in _owners(seam, module):
-                original = vars(owner)[seam.attribute]
-                if any(p.wrapper is original for p in _patches):
+                original = _attribute(owner, seam.attribute)
+                if any(p.owner is owner and p.wrapper is original for p in _patches):
                     continue
                 wrapper = seam.wrap(original, functools.partial(check_patched, package))
+                patch_record = _Patch(package, seam, owner, original, wrapper, seam.attribute not in vars(owner))
                 setattr(owner, seam.attribute, wrapper)
                 if owner is module:
                     _replace_copies(seam.attribute, original, wrapper)
                     for stale in [p for p in _patches if p.owner is owner and p.seam is seam]:  # it was reloaded
                         _replace_copies(seam.attribute, stale.wrapper, wrapper)
                         _patches.remove(stale)
-                _patches.append(_Patch(package, seam, owner, original, wrapper))
+                _patches.append(patch_record)
 
 
 def check_importable(package: str) -> None:
@@ -159,7 +172,10 @@ def unpatch(package: str) -> None:
     with _lock:
         for p in [p for p in _patches if p.package == package]:
             if vars(p.owner).get(p.seam.attribute) is p.wrapper:
-                setattr(p.owner, p.seam.attribute, p.original)
+                if p.inherited:
+                    delattr(p.owner, p.seam.attribute)
+                else:
+                    setattr(p.owner, p.seam.attribute, p.original)
             if not p.seam.owner:
                 _replace_copies(p.seam.attribute, p.wrapper, p.original)
             _patches.remove(p)
@@ -179,7 +195,7 @@ def _report_seam(package: str, seam: Seam) -> SeamReport:
         state = "waiting"
     elif not owners:
         state = "missing"
-    elif all(id(vars(owner)[seam.attribute]) in wrappers_here for owner in owners):
+    elif all(id(_attribute(owner, seam.attribute)) in wrappers_here for owner in owners):
         state = "patched"
     else:
         state = "found"
@@ -192,8 +208,8 @@ def _describe(place: Union[ModuleType, type]) -> str:
 
 
 def check_patched(package: str) -> None:
-    """Raise PatchError unless every seam of the package is patched; called when a projector is asked for."""
-    broken = [r for r in report(package) if r.state != "patched"]
+    """Raise PatchError unless what our types need is patched; called when a projector is asked for."""
+    broken = [r for r, seam in zip(report(package), SEAMS) if seam.required and r.state != "patched"]
     if broken:
         raise PatchError(
             f"{package!r} is patched only in part, and a projector would not work: "

@@ -1,91 +1,129 @@
-"""Checks that weights in a file are those of the projector that will load them."""
+"""No projector weight is lost in silence: checks on adapter files, state dicts and loaded checkpoints.
+
+LLaVA loads with `strict=False`, and transformers only warns about missing keys, so a projector
+whose weights are absent or belong to another type would answer from random numbers.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import build_projector, list_projectors
+from llava_projectors.registry import build_projector, list_projectors, resolve
 from llava_projectors.spec import ProjectorSpecError
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
+
+MARKER = "mm_projector."
+ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 
 
 class ProjectorWeightsError(ValueError):
     """Weights do not fit the projector; the message names the keys and the likely cause."""
 
 
-def adapter_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of the projector weights in an `mm_projector.bin`; no tensor data is read.
+# What is in a file or a state dict
 
-    Keys are cut as LLaVA's `initialize_vision_modules` cuts them.
-    """
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="meta", weights_only=True)
+
+def projector_keys(keys: Collection[str]) -> dict[str, str]:
+    """Name within the projector -> key, cut as LLaVA's `initialize_vision_modules` cuts it."""
+    return {key.split(MARKER, 1)[1]: key for key in keys if MARKER in key}
+
+
+def file_shapes(path: str) -> Shapes:
+    """Name -> shape of the projector weights in a `.bin` or `.safetensors` file; tensor data is not read."""
+    if path.endswith(".safetensors"):
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        shapes = {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+    else:
+        try:
+            weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
+            weights = torch.load(path, map_location="meta", weights_only=True)
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    return {name: shapes[key] for name, key in projector_keys(shapes).items()}
+
+
+def checkpoint_shapes(folder: str) -> Shapes:
+    """Name -> shape of the projector weights in a checkpoint's folder, sharded or not; headers only."""
+    shapes: Shapes = {}
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = os.path.join(folder, f"{stem}.index.json")
+        files = {stem}
+        if os.path.isfile(index):
+            with open(index, encoding="utf-8") as file:
+                files = {shard for key, shard in json.load(file)["weight_map"].items() if MARKER in key}
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):
+                shapes.update(file_shapes(path))
+        if shapes:
+            break
+    return shapes
+
+
+def expected_shapes(projector: Projector) -> Shapes:
+    """Name -> shape of a projector's parameters; quantised ones have none to compare."""
     return {
-        key.split("mm_projector.", 1)[1]: tuple(value.shape) for key, value in weights.items() if "mm_projector." in key
+        name: tuple(getattr(p, "ds_shape", p.shape)) if p.is_floating_point() else ()
+        for name, p in projector.named_parameters()
     }
 
 
-def check_adapter(projector: Projector, type_string: str, path: str) -> None:
-    """Raise before LLaVA loads `--pretrain_mm_mlp_adapter` into a projector that it does not fit.
+# What is wrong with it
 
-    Raises:
-        ProjectorWeightsError: missing, unexpected or wrong-shape keys, and what they look like.
+
+def problems(expected: Shapes, found: Shapes, *, partial: bool = False) -> str:
+    """Missing, unexpected and wrong-shape names in one line, or "" when all is well.
+
+    Args:
+        expected: of the projector.
+        found: of the weights.
+        partial: the weights may be one of several parts, so nothing counts as missing.
     """
-    found = adapter_shapes(path)
-    expected = {name: tuple(value.shape) for name, value in projector.named_parameters()}
-    if found == expected:
-        return
-    problems = []
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    reshaped = [
-        f"{name} is {list(found[name])}, not {list(expected[name])}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", reshaped)):
-        if keys:
-            problems.append(f"{what}: {_shorten(keys)}")
-    raise ProjectorWeightsError(
-        f"--pretrain_mm_mlp_adapter {path} does not fit --mm_projector_type {type_string}: "
-        f"{'; '.join(problems)}. {_explain(found, path, bool(missing or unexpected))}"
-    )
+    groups = {
+        "missing": [] if partial else [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "wrong shape": [
+            f"{name} is {list(found[name])}, not {list(shape)}"
+            for name, shape in expected.items()
+            if shape and found.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{what}: {_shorten(names)}" for what, names in groups.items() if names)
 
 
-def _shorten(keys: list[str], limit: int = 4) -> str:
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+def _shorten(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _explain(found: Shapes, path: str, other_keys: bool) -> str:
-    written_as = sibling_type(path)
-    if written_as is not None:
-        return f"The config.json beside it says it was trained as {written_as!r}: pass that type, or its own weights."
+def likely_cause(projector: Projector, found: Collection[str]) -> str:
+    """One sentence on how such weights came about."""
+    if not found:
+        return "There are no projector weights at all: the file is of another kind, or was cut or saved incompletely."
     looks_like = identify(found)
     if looks_like is None:
         return "The keys are those of no projector known here."
-    if other_keys:
-        return f"The weights look like {looks_like!r}: pass that type, or weights of your own type."
-    return "The type is right but the sizes differ: another LLM, vision tower or option of the type."
+    if looks_like == identify(expected_shapes(projector)):
+        return "The type is right but the sizes differ: another LLM, vision tower, stride, layer count or other option."
+    return (
+        f"The weights look like {looks_like!r}: they were trained as that type, or without this plugin; "
+        "use that type, or weights of your own type."
+    )
 
 
-def sibling_type(path: str) -> Optional[str]:
-    """The `mm_projector_type` in the config.json that LLaVA writes beside an adapter, if any."""
-    try:
-        with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as file:
-            value: Any = json.load(file).get("mm_projector_type")
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, str) else None
-
-
-def identify(found: Shapes) -> Optional[str]:
+def identify(found: Collection[str]) -> Optional[str]:
     """The projector type that has these parameter names, or None."""
     names = set(found)
     if names == {"weight", "bias"}:
@@ -102,3 +140,142 @@ def identify(found: Shapes) -> Optional[str]:
         if names == {parameter for parameter, _ in projector.named_parameters()}:
             return name
     return None
+
+
+def sibling_type(path: str) -> Optional[str]:
+    """The `mm_projector_type` in the config.json that LLaVA writes beside an adapter, if any."""
+    try:
+        with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as file:
+            value: Any = json.load(file).get("mm_projector_type")
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+# Where it is checked
+
+
+def check_adapter(projector: Projector, type_string: str, path: str) -> None:
+    """Raise before LLaVA loads `--pretrain_mm_mlp_adapter` into a projector that it does not fit."""
+    found = file_shapes(path)
+    wrong = problems(expected_shapes(projector), found)
+    if not wrong:
+        return
+    written_as = sibling_type(path)
+    cause = likely_cause(projector, found)
+    if written_as is not None:
+        cause = f"The config.json beside it says it was trained as {written_as!r}: pass that type, or its own weights."
+    raise ProjectorWeightsError(
+        f"--pretrain_mm_mlp_adapter {path} does not fit --mm_projector_type {type_string}: {wrong}. {cause}"
+    )
+
+
+def guard(projector: Projector) -> None:
+    """Let no state dict with other keys or shapes into this projector, however it is loaded."""
+    projector._register_load_state_dict_pre_hook(_check_state_dict, with_module=True)  # type: ignore[no-untyped-call]
+
+
+def _check_state_dict(module: Projector, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    found = {
+        key[len(prefix) :]: tuple(getattr(value, "ds_shape", value.shape))
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+    wrong = problems(expected_shapes(module), found, partial=True)
+    if wrong:
+        raise ProjectorWeightsError(
+            f"weights do not fit the projector {module.name!r}: {wrong}. {likely_cause(module, found)}"
+        )
+    module.awaited_weights = module.awaited_weights - found.keys()
+
+
+def projectors_of(model: nn.Module) -> Iterator[tuple[str, Projector]]:
+    """Every projector of ours in a model, with its prefix."""
+    return ((f"{name}.", module) for name, module in model.named_modules() if isinstance(module, Projector))
+
+
+def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> None:
+    """Look at what `from_pretrained` reports of a checkpoint.
+
+    A checkpoint without any projector weight may be the base LLM of an adapter that LLaVA loads next;
+    so the weights are awaited, and the first forward without them is an error. Anything else that is
+    not whole is an error now.
+
+    Raises:
+        ProjectorWeightsError: projector weights are missing, left over or of another shape.
+    """
+    for prefix, projector in projectors_of(model):
+        expected = expected_shapes(projector)
+        missing = {key[len(prefix) :] for key in info["missing_keys"] if key.startswith(prefix)}
+        mismatched = {
+            entry[0][len(prefix) :]: tuple(entry[1]) for entry in info["mismatched_keys"] if prefix in entry[0]
+        }
+        left_over = projector_keys(info["unexpected_keys"])
+        if not (missing or mismatched or left_over):
+            continue
+        if missing == expected.keys() and not left_over:
+            projector.awaited_weights = frozenset(missing)
+            projector.register_forward_pre_hook(_refuse_without_weights)
+            continue
+        found: Shapes = {name: shape for name, shape in expected.items() if name not in missing}
+        found.update(mismatched)
+        found.update(dict.fromkeys(left_over, ()))
+        raise ProjectorWeightsError(
+            f"the projector {projector.name!r} does not get its weights from {source}: "
+            f"{problems(expected, found)}. {likely_cause(projector, found)}"
+        )
+
+
+def check_complete(model: nn.Module, source: str) -> None:
+    """Raise when weights are still awaited after LLaVA's loader has finished."""
+    for _, projector in projectors_of(model):
+        if projector.awaited_weights:
+            raise ProjectorWeightsError(
+                f"the projector {projector.name!r} got no weights from {source}: "
+                f"missing: {_shorten(sorted(projector.awaited_weights))}. {_explain_source(projector, source)}"
+            )
+
+
+def _explain_source(projector: Projector, source: str) -> str:
+    """Why a checkpoint's own files did not provide the weights."""
+    found: Shapes = {}
+    for name in ADAPTER_FILES:
+        path = os.path.join(source, name)
+        if os.path.isfile(path):
+            found.update(file_shapes(path))
+    return likely_cause(projector, found)
+
+
+def _refuse_without_weights(module: Projector, _: Any) -> None:
+    if module.awaited_weights:
+        raise ProjectorWeightsError(
+            f"the projector {module.name!r} has random weights, no checkpoint has provided: "
+            f"{_shorten(sorted(module.awaited_weights))}. First load a checkpoint that has projector weights, "
+            "or an mm_projector.bin or non_lora_trainables.bin, into the model"
+        )
+
+
+def explain_failed_load(source: str, config: Any) -> Optional[ProjectorWeightsError]:
+    """The projector's part in a `from_pretrained` that failed, if it has one: the error there names no key.
+
+    Args:
+        source: the checkpoint, looked at if it is a folder.
+        config: that the model was built from, or None for the checkpoint's own.
+    """
+    try:
+        if config is None:
+            with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
+                config = SimpleNamespace(**json.load(file))
+        with torch.device("meta"):
+            resolved = resolve(config.mm_projector_type, config)
+            projector = resolved.build(config.mm_hidden_size, config.hidden_size)
+        found = checkpoint_shapes(source)
+    except (OSError, ValueError, AttributeError):  # no local folder, or no projector of ours: not our concern
+        return None
+    wrong = problems(expected_shapes(projector), found) if found else ""
+    if not wrong:
+        return None
+    return ProjectorWeightsError(
+        f"the projector {projector.name!r} does not get its weights from {source}: {wrong}. "
+        f"{likely_cause(projector, found)}"
+    )

@@ -14,6 +14,7 @@ import sys
 from typing import Any, Callable
 
 import torch
+from torch import nn
 
 from llava_projectors import registry
 from llava_projectors.integration import weights
@@ -34,7 +35,9 @@ def projector_builder(original: Function, check_patched: Callable[[], None]) -> 
         type_string = getattr(config, "mm_projector_type", None)
         if registry.is_registered(type_string):
             check_patched()
-            return registry.resolve(type_string, config).build(config.mm_hidden_size, config.hidden_size)
+            projector = registry.resolve(type_string, config).build(config.mm_hidden_size, config.hidden_size)
+            weights.guard(projector)
+            return projector
         try:
             return original(config, *args, **kwargs)
         except ValueError as error:
@@ -95,6 +98,41 @@ def vision_initializer(original: Function, check_patched: Callable[[], None]) ->
         return result
 
     return initialize_vision_modules
+
+
+def checkpoint_loader(original: Any, check_patched: Callable[[], None]) -> Any:
+    """For the class method `from_pretrained` of LLaVA's models, which transformers defines."""
+    function = original.__func__
+
+    def from_pretrained(cls: Any, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        try:
+            model, info = function(cls, source, *args, output_loading_info=True, **kwargs)
+        except weights.ProjectorWeightsError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            explained = weights.explain_failed_load(str(source), kwargs.get("config"))
+            if explained is None:
+                raise
+            raise explained from error
+        weights.check_pretrained(model, info, str(source))
+        return (model, info) if output_loading_info else model
+
+    wrapper: Any = functools.update_wrapper(from_pretrained, function)
+    return classmethod(wrapper)
+
+
+def model_loader(original: Function, check_patched: Callable[[], None]) -> Function:
+    """For `load_pretrained_model(model_path, model_base, model_name, ...)`, which inference and serving use."""
+
+    @functools.wraps(original)
+    def load_pretrained_model(model_path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = original(model_path, *args, **kwargs)
+        for value in loaded:
+            if isinstance(value, nn.Module):
+                weights.check_complete(value, str(model_path))
+        return loaded
+
+    return load_pretrained_model
 
 
 def refuse_other_projector(config: Any, requested: Any) -> None:

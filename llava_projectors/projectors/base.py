@@ -49,12 +49,14 @@ class Projector(nn.Module):
         default_layers: the selected hidden state's index -> the hidden states to aggregate.
         stride_option: the name that the stride has among the options.
         config_options: options that LLaVA's config may give when the type string does not.
+        awaited_weights: parameters that a checkpoint was to provide and has not, yet.
     """
 
     name: ClassVar[str]
     default_layers: ClassVar[Any] = staticmethod(single_layer)
     stride_option: ClassVar[str] = "stride"
     config_options: ClassVar[tuple[str, ...]] = ()
+    awaited_weights: frozenset[str] = frozenset()
 
     def __init__(self, mm_hidden_size: int, hidden_size: int, layers: Optional[tuple[int, ...]], stride: int) -> None:
         super().__init__()

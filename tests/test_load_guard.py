@@ -1,0 +1,243 @@
+"""Every load path of LLaVA with good and bad checkpoints: whole projector weights, or an error that names them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llava_projectors
+from llava_projectors import ProjectorWeightsError, build_projector
+from llava_projectors.integration import weights
+
+PREFIX = "model.mm_projector."
+
+
+@pytest.fixture(scope="module")
+def load():
+    """LLaVA's own loader, on the CPU."""
+    from llava.model.builder import load_pretrained_model
+
+    def run(path, base=None, name="llava"):
+        base = None if base is None else str(base)
+        return load_pretrained_model(str(path), base, name, device="cpu", device_map="cpu")[1]
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """type string -> a copy of its checkpoint whose weights can be edited."""
+
+    def make(projector_type):
+        folder = tmp_path / "llava-edited"
+        shutil.copytree(trained(projector_type).checkpoint, folder)
+        return folder
+
+    return make
+
+
+def edit(folder, change, form="safetensors"):
+    """Rewrite a checkpoint's weights, as one file of safetensors, one .bin, or shards of either."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    state = change(state)
+    save, stem = (save_file, "model.safetensors") if "safetensors" in form else (torch.save, "pytorch_model.bin")
+    keep = {"metadata": {"format": "pt"}} if save is save_file else {}
+    if "sharded" not in form:
+        save(state, folder / stem, **keep)
+        return
+    root, extension = stem.split(".")
+    names = sorted(state)
+    weight_map = {}
+    for number, part in enumerate((names[0::2], names[1::2]), 1):  # so that both shards hold projector weights
+        shard = f"{root}-{number:05d}-of-00002.{extension}"
+        save({name: state[name] for name in part}, folder / shard, **keep)
+        weight_map.update(dict.fromkeys(part, shard))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / f"{stem}.index.json").write_text(json.dumps(index))
+
+
+FORMS = ["safetensors", "bin", "sharded safetensors", "sharded bin"]
+
+
+def same(state):
+    return state
+
+
+def without_projector(state):
+    return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+
+
+def without_norm(state):
+    return {name: value for name, value in state.items() if not name.startswith(f"{PREFIX}norm")}
+
+
+def with_projector(type_string):
+    def change(state):
+        other = build_projector(type_string, 32, 80).state_dict()
+        return {**without_projector(state), **{f"{PREFIX}{name}": value for name, value in other.items()}}
+
+    return change
+
+
+def with_stock(state):
+    stock = {"0.weight": torch.zeros(80, 32), "0.bias": torch.zeros(80)}
+    stock |= {"2.weight": torch.zeros(80, 80), "2.bias": torch.zeros(80)}
+    return {**without_projector(state), **{f"{PREFIX}{name}": value for name, value in stock.items()}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_good_checkpoints_load_whole(load, checkpoint, trained, form):
+    folder = checkpoint("saep")
+    edit(folder, same, form)
+    loaded = load(folder).get_model().mm_projector
+    saved = load_file(trained("saep").checkpoint / "model.safetensors")
+    assert not loaded.awaited_weights
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, saved[PREFIX + name].half()), name
+    found = weights.checkpoint_shapes(str(folder))
+    assert found == {name: tuple(value.shape) for name, value in loaded.state_dict().items()}
+
+
+BAD = [
+    (
+        without_projector,
+        "got no weights from .*: missing: aggregate.bias, .* and 6 more. There are no projector weights",
+    ),
+    (without_norm, "does not get its weights from .*: missing: norm.weight, norm.bias"),
+    (with_stock, "unexpected: 0.bias, 0.weight, 2.bias, 2.weight.* look like 'mlp2x_gelu': they were trained as that"),
+    (with_projector("tokenpacker"), "look like 'tokenpacker'"),
+    (
+        with_projector("saep:layers=12+23"),
+        r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\].*type is right but the sizes differ",
+    ),
+    (with_projector("saep:stride=4"), r"wrong shape: depthwise.weight is \[32, 1, 5, 5\], not \[32, 1, 3, 3\]"),
+]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded bin"])
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_checkpoints_are_errors(load, checkpoint, change, message, form):
+    folder = checkpoint("saep")
+    edit(folder, change, form)
+    with pytest.raises(ProjectorWeightsError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD[1:])
+def test_bad_checkpoints_are_errors_without_low_cpu_mem_usage(checkpoint, change, message):
+    """As the training script loads a checkpoint to go on from."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    folder = checkpoint("saep")
+    edit(folder, change)
+    with pytest.raises(ProjectorWeightsError, match=message.split(" from ")[0].replace("does not get its weights", "")):
+        LlavaLlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_model_without_projector_weights_does_not_answer(checkpoint):
+    """`from_pretrained` alone cannot know whether an adapter follows; the first forward can."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    folder = checkpoint("saep")
+    edit(folder, without_projector)
+    model = LlavaLlamaForCausalLM.from_pretrained(folder)
+    projector = model.get_model().mm_projector
+    with pytest.raises(ProjectorWeightsError, match="'saep' has random weights, no checkpoint has provided: aggregate"):
+        projector(torch.zeros(1, 576, 128))
+    good = build_projector("saep", 32, 80).state_dict()
+    model.load_state_dict({f"{PREFIX}{name}": value for name, value in good.items()}, strict=False)
+    assert projector(torch.zeros(1, 576, 128)).shape == (1, 144, 80)
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    def make(change=dict):
+        folder = tmp_path / "llava-adapter"
+        shutil.copytree(trained("saep").adapter, folder)
+        state = torch.load(folder / "mm_projector.bin", weights_only=True)
+        torch.save(change(state), folder / "mm_projector.bin")
+        return folder
+
+    return make
+
+
+def test_adapter_and_base(load, adapter, tiny):
+    folder = adapter()
+    saved = torch.load(folder / "mm_projector.bin", weights_only=True)
+    loaded = load(folder, tiny.llm).get_model().mm_projector
+    assert not loaded.awaited_weights
+    assert all(torch.equal(value, saved[PREFIX + name].half()) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {}, "got no weights from .*llava-adapter: missing: aggregate.bias, .*There are no projector"),
+        (without_norm, "got no weights from .*llava-adapter: missing: norm.bias, norm.weight"),
+        (with_stock, "weights do not fit the projector 'saep': unexpected: 0.weight.* look like 'mlp2x_gelu'"),
+        (with_projector("tokenpacker"), "do not fit the projector 'saep': unexpected.* look like 'tokenpacker'"),
+        (with_projector("saep:layers=12+23"), r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\]"),
+    ],
+)
+def test_bad_adapters_are_errors(load, adapter, tiny, change, message):
+    with pytest.raises(ProjectorWeightsError, match=message):
+        load(adapter(change), tiny.llm)
+
+
+def test_checking_reads_headers_only(checkpoint, monkeypatch):
+    """A second read of a 7B checkpoint would double the time to load it."""
+    folder = checkpoint("saep")
+    read = []
+    real_open = open
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def read(self, size=-1):
+            read.append(size)
+            return self.file.read(size)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    monkeypatch.setattr(weights, "open", lambda *a, **k: Counted(real_open(*a, **k)), raising=False)
+    assert weights.checkpoint_shapes(str(folder))
+    assert 0 < sum(read) < (folder / "model.safetensors").stat().st_size / 10
+    assert -1 not in read
+
+
+def test_stock_checkpoints_are_not_looked_at(load, tiny):
+    """Half a stock projector loads as LLaVA loads it, with its warning; that is LLaVA's to judge."""
+    folder, _ = tiny.finetune("stock-guard", "mlp2x_gelu", max_steps=1)
+    state = load_file(folder / "model.safetensors")
+    del state[f"{PREFIX}2.bias"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert load(folder).get_model().mm_projector is not None
+    from llava.model import LlavaLlamaForCausalLM
+
+    _, info = LlavaLlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == [f"{PREFIX}2.bias"]
+
+
+def test_saving_and_loading_twice_over(checkpoint, tmp_path):
+    from llava.model import LlavaLlamaForCausalLM
+
+    first = LlavaLlamaForCausalLM.from_pretrained(checkpoint("tokenpacker"))
+    first.save_pretrained(tmp_path / "once")
+    second = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "once")
+    second.save_pretrained(tmp_path / "twice")
+    third = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "twice")
+    for (name, a), b in zip(first.state_dict().items(), third.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_error_is_public():
+    assert llava_projectors.ProjectorWeightsError is weights.ProjectorWeightsError
+    assert issubclass(ProjectorWeightsError, ValueError)
