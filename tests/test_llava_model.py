@@ -1,6 +1,8 @@
 """Models of the real LLaVA in this process: what the LLM receives, batches, padding, generation, isolation."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +135,16 @@ def test_one_line_says_what_was_built(build_model):
         "tokenpacker:scale_factor=3: 576 -> 64 visual tokens an image (24x24 -> 8x8), "
         f"hidden states 12+16+22+23, {parameters / 1e6:.2f}M parameters"
     ]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model(models, copied):
+    model = models("tokenpacker")
+    ids = torch.tensor([[1, IMAGE, 5]])
+    twin = copied(model)
+    assert torch.equal(twin(input_ids=ids, images=pictures(1)).logits, model(input_ids=ids, images=pictures(1)).logits)
+    twin.get_model().mm_projector.mlp[2].bias.data += 1  # a copy, not the same weights
+    assert not torch.equal(twin.encode_images(pictures(1)), model.encode_images(pictures(1)))
 
 
 def test_two_models_in_one_process(models):
