@@ -5,12 +5,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+# For test-transformers: another version than LLaVA's pin, in an environment of its own.
+TRANSFORMERS ?= 4.40.2
+
+.PHONY: demo test test-transformers run-on-transformers lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-transformers:
+	$(MAKE) VENV=.venv-transformers-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) run-on-transformers
+
+run-on-transformers: $(STAMP)
+	$(PIP) install -q transformers==$(TRANSFORMERS)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -33,4 +43,4 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(wildcard .venv-transformers-*) runs build dist *.egg-info
