@@ -217,7 +217,11 @@ def test_adapters_of_another_type_are_named(llava_train, tiny, trained, tmp_path
     stock |= {"2.weight": torch.zeros(80, 80), "2.bias": torch.zeros(80)}
     cases = [
         ("saep", stock, "missing: aggregate.weight.*unexpected: 0.weight.*look like 'mlp2x_gelu'"),
-        ("saep", build_projector("tokenpacker", 32, 80).state_dict(), "look like 'tokenpacker': pass that type"),
+        (
+            "saep",
+            build_projector("tokenpacker", 32, 80).state_dict(),
+            "look like 'tokenpacker': they were trained as that type, or without this plugin",
+        ),
         ("tokenpacker", build_projector("saep", 32, 80).state_dict(), "look like 'saep'"),
         ("tokenpacker", {"weight": torch.zeros(80, 32), "bias": torch.zeros(80)}, "look like 'linear'"),
         ("saep", {}, "missing: aggregate.weight, .* and 6 more.*no projector known here"),

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,55 @@ def test_forks_with_another_package_name(tmp_path):
     assert python(SHOW_FORK, cwd=tmp_path) == "False False True False"
     assert python(SHOW_FORK, cwd=tmp_path, LLAVA_PROJECTORS_PACKAGES="other, myfork") == "True True True True"
     script = "import llava_projectors; llava_projectors.patch('myfork')\n" + SHOW_FORK
+    assert python(script, cwd=tmp_path) == "True True True True"
+
+
+def test_training_a_fork(tmp_path, tiny):
+    """LLaVA's own training script under another name, from adapter to checkpoint."""
+    from llava_projectors.demo import train
+
+    environment = {
+        "PYTHONPATH": str(copy_llava(tmp_path, "myfork")),
+        "LLAVA_PROJECTORS_PACKAGES": "myfork",
+    }
+    adapter, checkpoint = tmp_path / "llava-adapter", tmp_path / "llava"
+    first = train.pretrain_arguments(tiny.pretrain_data, tiny.images, max_steps=2)
+    second = train.finetune_arguments(tiny.finetune_data, tiny.images, adapter / "mm_projector.bin", max_steps=2)
+    for folder, options in ((adapter, first), (checkpoint, second)):
+        command = train.training_command(folder, tiny.llm, tiny.tower, "tokenpacker:scale_factor=3", **options)
+        command[command.index("llava.train.train")] = "myfork.train.train"
+        output = train.run(command, tmp_path / "log", environment)
+        assert output.count("llava_projectors: tokenpacker:scale_factor=3: 576 -> 64 visual tokens") == 1
+        assert all(value > 0.0 for value in train.losses(folder))
+    script = f"""
+    from myfork.model.builder import load_pretrained_model
+    _, model, _, _ = load_pretrained_model({str(checkpoint)!r}, None, "llava", device="cpu", device_map="cpu")
+    print(type(model).__module__, model.get_vision_tower().num_patches)
+    """
+    assert python(script, **environment).splitlines()[-1] == "myfork.model.language_model.llava_llama 64"
+
+
+PATCHES = Path(__file__).parents[1] / "patches"
+
+
+@pytest.mark.parametrize("patch", sorted(path.name for path in PATCHES.glob("*.patch")))
+def test_patch_files(tmp_path, patch):
+    """The explicit import alone, with no start-up hook, patches the package; applied to LLaVA under the fork's name."""
+    package = re.search(r"^--- a/(\w+)/__init__.py$", (PATCHES / patch).read_text(), re.MULTILINE).group(1)
+    if package == "llava":
+        shutil.copytree(LLAVA, tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        copy_llava(tmp_path, package)
+    original = (tmp_path / package / "__init__.py").read_text()
+    command = ["git", "apply", "--unidiff-zero", PATCHES / patch]
+    subprocess.run(
+        command, cwd=tmp_path, check=True, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    )
+    assert (tmp_path / package / "__init__.py").read_text().endswith(original)
+    script = (
+        "import sys; sys.meta_path.pop(0)\nfor m in list(sys.modules):\n  if 'llava_proj' in m: del sys.modules[m]\n"
+    )
+    script += SHOW_PATCHED.replace("llava.model", f"{package}.model")
     assert python(script, cwd=tmp_path) == "True True True True"
 
 

@@ -9,7 +9,7 @@ import torch
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, registry
-from llava_projectors.integration.tower import resolve_layers
+from llava_projectors.integration.tower import convert_tower, resolve_layers
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,63 @@ def test_towers_that_are_no_single_grid_are_refused(towers, monkeypatch):
     monkeypatch.setattr(clip_encoder.CLIPVisionTower, "hidden_size", property(lambda self: 96))
     with pytest.raises(ProjectorSpecError, match="multi-scale vision tower CLIPVisionTower: it returns 96 channels"):
         towers("saep")
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    """A tower as LLaVA-NeXT's SigLIP: no CLS token, no `feature_select`, the last layer deleted, a 27x27 grid."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=27, num_attention_heads=2, image_size=384, patch_size=14
+    )
+    torch.manual_seed(0)
+    SiglipVisionModel(config).save_pretrained(tmp_path)
+
+    class SigLipVisionTower(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+            self.is_loaded = False
+
+        def load_model(self):
+            self.vision_tower = SiglipVisionModel.from_pretrained(tmp_path)
+            del self.vision_tower.vision_model.encoder.layers[-1:]
+            self.is_loaded = True
+
+        def forward(self, images):
+            return self.vision_tower(images, output_hidden_states=True).hidden_states[-1]
+
+        dtype = property(lambda self: torch.float32)
+        device = property(lambda self: torch.device("cpu"))
+        hidden_size = property(lambda self: self.config.hidden_size)
+
+    return SigLipVisionTower
+
+
+@pytest.mark.parametrize("projector_type", ["saep:stride=3", "tokenpacker:scale_factor=3"])
+def test_towers_without_cls_token_and_feature_select(siglip, projector_type):
+    images = torch.randn(2, 3, 384, 384)
+    stock, tower = siglip(), siglip()
+    stock.load_model()
+    convert_tower(tower, registry.resolve(projector_type))
+    tower.load_model()
+    assert tower.projector_layers == (13, 18, 25, 26)
+    with torch.no_grad():
+        features, hidden_states = tower(images), stock.vision_tower(images, output_hidden_states=True).hidden_states
+        assert torch.equal(features[..., -32:], stock(images))
+        assert torch.equal(features[..., :32], hidden_states[13])
+        assert [tuple(f.shape) for f in tower(list(images))] == [(1, 729, 128)] * 2
+        projector = llava_projectors.build_projector(projector_type, 32, 16)
+        assert projector(features).shape == (2, 81, 16)
+    assert (tower.num_patches_per_side, tower.num_patches) == (9, 81)
+
+
+def test_unknown_towers_are_refused(siglip):
+    tower = siglip()
+    type(tower).__name__ = "SomeTower"
+    with pytest.raises(ProjectorSpecError, match="cannot use the vision tower SomeTower"):
+        convert_tower(tower, registry.resolve("saep:stride=3"))
 
 
 @pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (12, -2, (6, 8, 10, 11))])

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import pkgutil
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def _diagnose_package(package: str) -> PackageDiagnosis:
         )
         return diagnosis
     diagnosis.place = next(iter(spec.submodule_search_locations), None)
-    diagnosis.version = next(filter(None, map(_version, _distributions(package))), None)
+    diagnosis.version = _package_version(package, diagnosis.place)
     error = _import_error(package)
     if error is not None:
         diagnosis.problems.append(f"importing {package!r} fails, with or without this plugin: {error}")
@@ -136,10 +137,20 @@ def _diagnose_package(package: str) -> PackageDiagnosis:
     return diagnosis
 
 
-def _distributions(package: str) -> list[str]:
+def _package_version(package: str, place: Optional[str]) -> Optional[str]:
+    """Version of the distribution that the package at `place` belongs to; another copy may be installed beside it."""
+    names = ["llava-torch", package]
     if sys.version_info >= (3, 10):
-        return importlib.metadata.packages_distributions().get(package, [])
-    return ["llava-torch", package]
+        names = importlib.metadata.packages_distributions().get(package, [])
+    for name in names:
+        distribution = importlib.metadata.distribution(name) if _version(name) else None
+        if distribution is None or place is None:
+            continue
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
+        editable = origin.startswith("file://") and place.startswith(origin[len("file://") :])
+        if editable or str(distribution.locate_file(package)) == place:
+            return distribution.version
+    return None
 
 
 def _import_error(package: str) -> Optional[str]:
@@ -154,6 +165,8 @@ def _import_error(package: str) -> Optional[str]:
             return None
         except Exception as failure:
             shown = f"{type(failure).__name__}: {failure}"
+            if not (type(failure) is ImportError and "cannot import name" in str(failure)):
+                return shown
         spec = importlib.util.find_spec(package)
         assert spec is not None
         parent = types.ModuleType(package)

@@ -1,8 +1,8 @@
 """The vision tower that returns several hidden states, made from LLaVA's own tower.
 
-LLaVA's forward, loading and device handling stay as they are; only the choice of hidden
-states and the reported grid change, so the tower becomes an instance of a subclass of its
-own class.
+LLaVA's loading and device handling stay as they are; only the choice of hidden states and the
+reported grid change, so the tower becomes an instance of a subclass of its own class. Where a
+fork's tower cannot be told by its methods, a row of `DROPPED_LAYERS` knows it by name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from torch import nn
 
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.spec import ProjectorSpecError, format_value
+
+# Layers that a tower deletes after loading and that its config still counts.
+DROPPED_LAYERS = {"SigLipVisionTower": 1}  # LLaVA-NeXT
 
 
 class MultiLayerTower(nn.Module):
@@ -31,9 +34,9 @@ class MultiLayerTower(nn.Module):
     token_side: int
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """Hidden states [B, 1 + N, C] -> [B, N, L*C]: the CLS token dropped, layers side by side."""
-        hidden_states = image_forward_outs.hidden_states
-        return torch.cat([hidden_states[layer][:, 1:] for layer in self.projector_layers], dim=-1)
+        """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side."""
+        hidden_states, patches = image_forward_outs.hidden_states, self.patch_side**2
+        return torch.cat([hidden_states[layer][:, -patches:] for layer in self.projector_layers], dim=-1)
 
     @property
     def num_patches_per_side(self) -> int:
@@ -45,6 +48,14 @@ class MultiLayerTower(nn.Module):
         """Visual tokens of one image: LLaVA's server budgets the context by it."""
         return self.token_side**2
 
+    def select_from_images(self, images: Any) -> Any:
+        """LLaVA's forward, for towers that have none with `feature_select`: [B, 3, H, W], or a list of [3, H, W]."""
+        if isinstance(images, list):
+            return [self.select_from_images(image.unsqueeze(0)) for image in images]
+        tower: Any = self
+        outs = tower.vision_tower(images.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
+        return self.feature_select(outs).to(images.dtype)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
@@ -52,7 +63,8 @@ class MultiLayerTower(nn.Module):
 
 @cache
 def _subclass(tower_class: Any) -> type[nn.Module]:
-    return type(f"MultiLayer{tower_class.__name__}", (MultiLayerTower, tower_class), {})
+    methods = {} if hasattr(tower_class, "feature_select") else {"forward": MultiLayerTower.select_from_images}
+    return type(f"MultiLayer{tower_class.__name__}", (MultiLayerTower, tower_class), methods)
 
 
 def _rebuild(tower_class: Any) -> nn.Module:
@@ -75,7 +87,9 @@ def convert_tower(tower: Any, resolved: ResolvedSpec) -> None:
     refuse_unsupported(tower, resolved)
     config = tower.config
     patch_side = config.image_size // config.patch_size
-    layers = resolve_layers(resolved, config.num_hidden_layers, tower.select_layer)
+    depth = config.num_hidden_layers - DROPPED_LAYERS.get(type(tower).__name__, 0)
+    # A tower that lets nobody select returns its last hidden state.
+    layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
     token_side = resolved.output_side(patch_side)
     tower.__class__ = _subclass(tower.__class__)
     tower.projector_layers = layers
@@ -87,14 +101,16 @@ def refuse_unsupported(tower: Any, resolved: ResolvedSpec) -> None:
     """Raise for towers and settings whose features are not a square grid of C channels."""
     prefix = f"projector type {resolved.type_string!r}"
     kind = type(tower).__name__
-    if not hasattr(tower, "feature_select"):
-        raise ProjectorSpecError(f"{prefix} cannot use the vision tower {kind}: it has no feature_select")
+    if not (hasattr(tower, "feature_select") or kind in DROPPED_LAYERS):
+        raise ProjectorSpecError(
+            f"{prefix} cannot use the vision tower {kind}: its hidden states cannot be told from its methods"
+        )
     if tower.hidden_size != tower.config.hidden_size:
         raise ProjectorSpecError(
             f"{prefix} cannot use the multi-scale vision tower {kind}: it returns {tower.hidden_size} channels "
             f"a patch, not the {tower.config.hidden_size} of one hidden state; turn multi-scale features (s2) off"
         )
-    if tower.select_feature != "patch":
+    if getattr(tower, "select_feature", "patch") != "patch":
         raise ProjectorSpecError(
             f"{prefix} needs the patch grid without the CLS token: "
             f"--mm_vision_select_feature {tower.select_feature} must be patch"

@@ -94,7 +94,7 @@ def problems(expected: Shapes, found: Shapes, *, partial: bool = False) -> str:
     """
     groups = {
         "missing": [] if partial else [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "unexpected": sorted(name for name in found if name not in expected),
         "wrong shape": [
             f"{name} is {list(found[name])}, not {list(shape)}"
             for name, shape in expected.items()
