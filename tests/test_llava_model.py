@@ -108,7 +108,7 @@ def test_a_text_only_batch_gives_the_projector_zero_gradients(models, projector_
 
 
 @pytest.mark.parametrize("projector_type", ["saep", "tokenpacker"])
-def test_generation_with_the_kv_cache_equals_generation_without(models, projector_type):
+def test_generation_with_the_kv_cache_equals_generation_without(models, can_generate, projector_type):
     model = models(projector_type)
     ids = torch.tensor([[1, IMAGE, 5, 6, 7]])
     kwargs = {"images": pictures(1), "do_sample": False, "max_new_tokens": 12, "eos_token_id": -1}

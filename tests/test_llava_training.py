@@ -65,7 +65,7 @@ def test_pretrained_adapter_is_what_finetuning_starts_from(trained, tiny, projec
 
 
 @pytest.mark.parametrize("projector_type", OURS)
-def test_checkpoint_loads_and_answers(trained, tiny, projector_type):
+def test_checkpoint_loads_and_answers(trained, tiny, can_generate, projector_type):
     """`load_pretrained_model` brings back the very weights, and the LLM gets 144 visual tokens."""
     from llava.model import LlavaLlamaForCausalLM
 
@@ -178,12 +178,21 @@ def test_bad_input_stops_training_before_it_starts(llava_train, projector_type, 
         llava_train(projector_type, **arguments)
 
 
-def test_a_stride_that_does_not_divide_the_grid_stops_training(llava_train, tmp_path):
+def test_a_stride_larger_than_the_grid_stops_training(llava_train, tmp_path):
+    from llava_projectors.demo.assets import make_vision_tower
+
+    tower = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=42)
+    with pytest.raises(ProjectorSpecError, match="stride=4 must be 1 to 3, the side of the patch grid"):
+        llava_train("saep:stride=4", vision_tower=tower)
+
+
+def test_a_grid_that_the_stride_does_not_divide_trains(tiny, tmp_path):
     from llava_projectors.demo.assets import make_vision_tower
 
     tower = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70)
-    with pytest.raises(ProjectorSpecError, match="stride=2 does not divide the 5x5 patch grid"):
-        llava_train("saep", vision_tower=tower)
+    folder, output = tiny.pretrain("padded", "tokenpacker", vision_tower=tower)
+    assert "tokenpacker: 25 -> 9 visual tokens an image (5x5 -> 3x3)" in output
+    assert all(0.0 < value < 20 for value in losses(folder))
 
 
 @pytest.mark.parametrize(("existing", "requested"), [("saep", "tokenpacker"), ("saep", "saep:stride=3")])

@@ -86,9 +86,10 @@ def naive_saep(p, x):
         kernel, bias = weights["depthwise.weight"][:, 0], weights["depthwise.bias"]
         k = kernel.shape[-1]
         before = (k - s + 1) // 2
-        out = value.new_zeros(batch, side // s, side // s, value.shape[-1])
-        for i in range(side // s):
-            for j in range(side // s):
+        count = math.ceil(side / s)
+        out = value.new_zeros(batch, count, count, value.shape[-1])
+        for i in range(count):
+            for j in range(count):
                 total = bias.expand(batch, -1).clone()
                 for di in range(k):
                     for dj in range(k):
@@ -125,18 +126,21 @@ def naive_tokenpacker(p, x):
         return value @ w[f"{name}.2.weight"].T + w[f"{name}.2.bias"]
 
     x = x.double()
-    image = x[..., -channels:].transpose(1, 2).view(batch, channels, side, side)
-    coarse = F.interpolate(image, size=(side // s, side // s), mode="bilinear").flatten(2).transpose(1, 2)
+    count = math.ceil(side / s)
+    image = x[..., -channels:].transpose(1, 2).reshape(batch, channels, side, side)
+    image = F.pad(image, (0, count * s - side, 0, count * s - side), mode="replicate")
+    coarse = F.interpolate(image, size=(count, count), mode="bilinear").flatten(2).transpose(1, 2)
     in_weight, in_bias = w["clip_attn.in_proj_weight"].chunk(3), w["clip_attn.in_proj_bias"].chunk(3)
     q = layer_norm(coarse @ w["q_proj_1.weight"].T, "ln_q_1") @ in_weight[0].T + in_bias[0]
     k = layer_norm(stack(x, "k_proj_1"), "ln_k_1") @ in_weight[1].T + in_bias[1]
     v = layer_norm(stack(x, "v_proj_1"), "ln_v_1") @ in_weight[2].T + in_bias[2]
     out = torch.zeros_like(q)
     width = q.shape[-1] // heads
-    for i in range(side // s):
-        for j in range(side // s):
-            region = [(i * s + di) * side + j * s + dj for di in range(s) for dj in range(s)]
-            query = i * (side // s) + j
+    for i in range(count):
+        for j in range(count):
+            rows, columns = (range(k * s, min(k * s + s, side)) for k in (i, j))
+            region = [row * side + column for row in rows for column in columns]
+            query = i * count + j
             for h in range(heads):
                 head = slice(h * width, (h + 1) * width)
                 scores = (k[:, region, head] * q[:, query, None, head]).sum(-1) / math.sqrt(width)
@@ -156,12 +160,14 @@ SAEP_VARIANTS = [
 
 
 @pytest.mark.parametrize("type_string", ALL_TYPES + SAEP_VARIANTS)
+@pytest.mark.parametrize("side", [12, 13, 11], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_values_and_gradients_equal_naive_reference(type_string, dtype, tolerance):
+def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, tolerance):
+    """Also on grids that no stride divides, where the border regions hold fewer patches."""
     torch.manual_seed(0)
     projector = randomise(build_projector(type_string, 32, 40)).to(dtype)
     reference = copy.deepcopy(projector).double()
-    x = features_for(projector, dtype=dtype).requires_grad_()
+    x = features_for(projector, side=side, dtype=dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
     naive = NAIVE[projector.name]
 
@@ -297,8 +303,27 @@ def test_bad_features_are_explained(type_string):
         projector(torch.zeros(1, 144, 16))
     with pytest.raises(ValueError, match="without the CLS token.*got 577 patches"):
         projector(torch.zeros(1, 577, 64))
-    with pytest.raises(ValueError, match="whose side 2 divides; got 729 patches"):
-        projector(torch.zeros(1, 729, 64))
+
+
+@pytest.mark.parametrize("type_string", ALL_TYPES)
+def test_padding_changes_nothing_where_there_are_patches(type_string):
+    """The tokens of whole regions are the same whether or not the grid goes on with a partial region."""
+    projector = build_projector(type_string, 16, 8)
+    s, whole = projector.stride, 12
+    large = features_for(projector, side=whole + 1, batch=1)
+    small = large.view(1, 13, 13, -1)[:, :12, :12].flatten(1, 2)
+    tokens = projector(large).unflatten(1, (whole // s + 1, -1))
+    expected = projector(small).unflatten(1, (whole // s, -1))
+    # A kernel that reaches over its region sees the next patch, so its last row and column may differ.
+    inner = whole // s - (1 if projector.name == "saep" else 0)
+    torch.testing.assert_close(tokens[:, :inner, :inner], expected[:, :inner, :inner])
+
+
+def test_siglips_grid():
+    for type_string, tokens in (("saep", 196), ("tokenpacker", 196), ("saep:stride=3", 81)):
+        projector = build_projector(type_string, 16, 8)
+        assert projector(features_for(projector, side=27)).shape[1] == tokens
+        assert projector.output_side(27, {projector.stride_option: projector.stride}) ** 2 == tokens
 
 
 def test_default_layers_of_clip_large_are_the_published():

@@ -134,16 +134,15 @@ def test_bad_settings_are_explained_before_weights_are_read(towers, monkeypatch,
         towers(projector_type, **settings)
 
 
-def test_stride_must_divide_the_grid(towers, tmp_path):
+def test_a_grid_that_the_stride_does_not_divide(towers, tmp_path):
+    """A partial region counts as a whole one: 5 patches with stride 2 give 3 tokens a side."""
     from llava_projectors.demo.assets import make_vision_tower
 
-    small = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70)
-    with pytest.raises(
-        ProjectorSpecError, match=r"'saep:stride=3': stride=3 does not divide the 5x5 patch grid \(divisors: none\)"
-    ):
-        towers("saep:stride=3", mm_vision_tower=str(small))
-    with pytest.raises(ProjectorSpecError, match="scale_factor=2 does not divide the 5x5"):
-        towers("tokenpacker", mm_vision_tower=str(small), scale_factor=2)
+    small = str(make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70))
+    assert towers("saep:stride=2", mm_vision_tower=small).num_patches == 9
+    tiny = str(make_vision_tower(tmp_path / "clip3", num_layers=8, image_size=42))
+    with pytest.raises(ProjectorSpecError, match="'tokenpacker': scale_factor=4 must be 1 to 3, the side of the patch"):
+        towers("tokenpacker", mm_vision_tower=tiny, scale_factor=4)
 
 
 def test_towers_that_are_no_single_grid_are_refused(towers, monkeypatch):
@@ -187,8 +186,10 @@ def siglip(tmp_path):
     return SigLipVisionTower
 
 
-@pytest.mark.parametrize("projector_type", ["saep:stride=3", "tokenpacker:scale_factor=3"])
-def test_towers_without_cls_token_and_feature_select(siglip, projector_type):
+@pytest.mark.parametrize(
+    ("projector_type", "side"), [("saep:stride=3", 9), ("tokenpacker:scale_factor=3", 9), ("saep", 14)]
+)
+def test_towers_without_cls_token_and_feature_select(siglip, projector_type, side):
     images = torch.randn(2, 3, 384, 384)
     stock, tower = siglip(), siglip()
     stock.load_model()
@@ -201,8 +202,8 @@ def test_towers_without_cls_token_and_feature_select(siglip, projector_type):
         assert torch.equal(features[..., :32], hidden_states[13])
         assert [tuple(f.shape) for f in tower(list(images))] == [(1, 729, 128)] * 2
         projector = llava_projectors.build_projector(projector_type, 32, 16)
-        assert projector(features).shape == (2, 81, 16)
-    assert (tower.num_patches_per_side, tower.num_patches) == (9, 81)
+        assert projector(features).shape == (2, side**2, 16)
+    assert (tower.num_patches_per_side, tower.num_patches) == (side, side**2)
 
 
 def test_unknown_towers_are_refused(siglip):
@@ -210,6 +211,14 @@ def test_unknown_towers_are_refused(siglip):
     type(tower).__name__ = "SomeTower"
     with pytest.raises(ProjectorSpecError, match="cannot use the vision tower SomeTower"):
         convert_tower(tower, registry.resolve("saep:stride=3"))
+
+
+def test_a_second_tower_takes_single_layer_types(towers, images):
+    """MGM's auxiliary tower attends from the first tower's features, of the width of one layer."""
+    with pytest.raises(ProjectorSpecError, match="reads 4 layers, .* --mm_vision_tower_aux takes.*pass saep:layers=23"):
+        towers("saep", mm_vision_tower_aux="convnext")
+    tower = towers("saep:layers=23", mm_vision_tower_aux="convnext")
+    assert torch.equal(tower(images[:1]), towers("mlp2x_gelu")(images[:1]))
 
 
 @pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (12, -2, (6, 8, 10, 11))])

@@ -2,7 +2,7 @@
 
 LLaVA's loading and device handling stay as they are; only the choice of hidden states and the
 reported grid change, so the tower becomes an instance of a subclass of its own class. Where a
-fork's tower cannot be told by its methods, a row of `DROPPED_LAYERS` knows it by name.
+fork differs in what cannot be told from its methods, a row of a table below says so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from llava_projectors.spec import ProjectorSpecError, format_value
 
 # Layers that a tower deletes after loading and that its config still counts.
 DROPPED_LAYERS = {"SigLipVisionTower": 1}  # LLaVA-NeXT
+# Settings that bring a second tower, which reads the features of the first as those of one layer.
+SECOND_TOWER_SETTINGS = ("vision_tower_aux", "mm_vision_tower_aux")  # MGM: arguments, config
 
 
 class MultiLayerTower(nn.Module):
@@ -72,12 +74,13 @@ def _rebuild(tower_class: Any) -> nn.Module:
     return cls.__new__(cls)
 
 
-def convert_tower(tower: Any, resolved: ResolvedSpec) -> None:
+def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     """Turn LLaVA's tower, loaded or not, into one that serves this projector.
 
     Args:
         tower: what LLaVA's `build_vision_tower` returned.
         resolved: the projector that will read the features.
+        cfg: what the tower was built from.
 
     Raises:
         ProjectorSpecError: the tower cannot serve it; says which setting to change.
@@ -90,6 +93,12 @@ def convert_tower(tower: Any, resolved: ResolvedSpec) -> None:
     depth = config.num_hidden_layers - DROPPED_LAYERS.get(type(tower).__name__, 0)
     # A tower that lets nobody select returns its last hidden state.
     layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
+    second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
+    if second and len(layers) > 1:
+        raise ProjectorSpecError(
+            f"projector type {resolved.type_string!r} reads {len(layers)} layers, but the tower of --{second} takes "
+            f"features of one: pass {resolved.cls.name}:layers={layers[-1]}"
+        )
     token_side = resolved.output_side(patch_side)
     tower.__class__ = _subclass(tower.__class__)
     tower.projector_layers = layers

@@ -61,7 +61,7 @@ def tower_builder(original: Function, check_patched: Callable[[], None]) -> Func
         # The tower's config is enough for every check, so the weights wait until all have passed.
         load_now = not kwargs.pop("delay_load", False)
         tower = original(cfg, *args, delay_load=True, **kwargs)
-        convert_tower(tower, resolved)
+        convert_tower(tower, resolved, cfg)
         if load_now and not tower.is_loaded:
             tower.load_model()
         return tower

@@ -1,4 +1,4 @@
-"""What every projector shares: the feature contract, the patch grid, and its checks."""
+"""What every projector shares: the feature contract, the patch grid and its regions, and the checks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # The first two parameters of a projector are positional and come from LLaVA's config;
@@ -29,10 +30,12 @@ def single_layer(selected: int) -> tuple[int, ...]:
 
 
 class Projector(nn.Module):
-    """Maps vision features to LLM inputs: [B, N, L*C] -> [B, M, D], with M = N / stride**2.
+    """Maps vision features to LLM inputs: [B, N, L*C] -> [B, M, D].
 
     L hidden states of C channels lie side by side on the last axis, the one that LLaVA selects
-    last. N is a square grid of patches in row-major order, without a CLS token.
+    last. N = H * H is a square grid of patches in row-major order, without a CLS token;
+    M = ceil(H / stride)**2. Where the stride does not divide H, the grid is padded below and on
+    the right with positions that take no part in anything.
 
     A subclass takes `mm_hidden_size`, `hidden_size` and its options, keyword-only with defaults.
     It keeps no buffers, because LLaVA's adapter files hold parameters only, and names no layer
@@ -76,16 +79,12 @@ class Projector(nn.Module):
         """Side of the grid after the projector, for a grid of `side` x `side` patches.
 
         Raises:
-            ValueError: the stride does not divide the grid.
+            ValueError: one region would be larger than the grid.
         """
         stride = options.get(cls.stride_option, 1)
-        if side % stride:
-            divisors = [str(s) for s in range(2, side) if side % s == 0 and s <= 8] or ["none"]
-            raise ValueError(
-                f"{cls.stride_option}={stride} does not divide the {side}x{side} patch grid "
-                f"(divisors: {', '.join(divisors)})"
-            )
-        return side // stride
+        if not 1 <= stride <= side:
+            raise ValueError(f"{cls.stride_option}={stride} must be 1 to {side}, the side of the patch grid")
+        return -(-side // stride)
 
     def to_grid(self, features: torch.Tensor) -> torch.Tensor:
         """[B, N, L*C] -> [B, H, W, L*C], a view where the input allows one.
@@ -101,10 +100,10 @@ class Projector(nn.Module):
                 f"got {list(features.shape)}"
             )
         side = math.isqrt(features.shape[1])
-        if side * side != features.shape[1] or side % self.stride:
+        if side * side != features.shape[1]:
             raise ValueError(
-                f"{type(self).__name__} expects a square grid of patches, without the CLS token, whose "
-                f"side {self.stride} divides; got {features.shape[1]} patches"
+                f"{type(self).__name__} expects a square grid of patches, without the CLS token; "
+                f"got {features.shape[1]} patches"
             )
         return features.reshape(features.shape[0], side, side, expected)
 
@@ -114,6 +113,27 @@ class Projector(nn.Module):
             f"mm_hidden_size={self.mm_hidden_size}, hidden_size={self.hidden_size}, "
             f"num_levels={self.num_levels}, stride={self.stride}"
         )
+
+
+def pad_grid(grid: torch.Tensor, stride: int) -> torch.Tensor:
+    """Zeros below and on the right until the stride divides both sides: [B, H, W, C] -> [B, H', W', C]."""
+    height, width = grid.shape[1:3]
+    if height % stride == 0 and width % stride == 0:
+        return grid
+    return F.pad(grid, (0, 0, 0, -width % stride, 0, -height % stride))
+
+
+def to_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
+    """A padded grid, cut into regions: [B, H', W', C] -> the view [B, H'/s, s, W'/s, s, C]."""
+    return grid.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
+
+
+def region_mask(grid: torch.Tensor, stride: int) -> Optional[torch.Tensor]:
+    """Which positions of each region are patches: None for all, or bool [1, h, s, w, s, 1] for a grid [B, H, W, C]."""
+    height, width = grid.shape[1:3]
+    if height % stride == 0 and width % stride == 0:
+        return None
+    return to_regions(pad_grid(grid.new_ones(1, height, width, 1), stride), stride).bool()
 
 
 def mlp_readout(in_features: int, hidden_size: int) -> nn.Sequential:

@@ -7,7 +7,14 @@ from typing import Literal, Optional
 import torch
 from torch import nn
 
-from llava_projectors.projectors.base import Projector, mlp_readout, multi_level_layers
+from llava_projectors.projectors.base import (
+    Projector,
+    mlp_readout,
+    multi_level_layers,
+    pad_grid,
+    region_mask,
+    to_regions,
+)
 
 
 class SAEP(Projector):
@@ -22,6 +29,7 @@ class SAEP(Projector):
 
         x = aggregate(features)                       [B, H, W, L*C] -> [B, H, W, inner]
         y = depthwise(x) + average of each region(x)                 -> [B, H/s, W/s, inner]
+    (H/s rounded up; padded positions are zero to the convolution and do not count in the average)
         tokens = readout(norm(y))                                    -> [B, M, D]
 
     Args:
@@ -82,7 +90,7 @@ class SAEP(Projector):
         self.readout = mlp_readout(inner_size, hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, N, L*C] -> [B, N / stride**2, D], in the dtype of the weights."""
+        """[B, H*H, L*C] -> [B, ceil(H / stride)**2, D], in the dtype of the weights."""
         grid = self.to_grid(features)
         if self.order == "pointwise_first":
             grid = self.reduce(self.aggregate(grid))
@@ -91,10 +99,14 @@ class SAEP(Projector):
         return self.readout(self.norm(grid.flatten(1, 2)))
 
     def reduce(self, grid: torch.Tensor) -> torch.Tensor:
-        """The strided half: [B, H, W, K] -> [B, H/s, W/s, K]."""
+        """The strided half: [B, H, W, K] -> [B, ceil(H/s), ceil(W/s), K]."""
+        mask = region_mask(grid, self.stride)
+        grid = pad_grid(grid, self.stride)
         # Channels stay innermost in memory, so both permutations are views.
         out = self.depthwise(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.shortcut == "average":
-            s = self.stride
-            out = out + grid.unflatten(2, (-1, s)).unflatten(1, (-1, s)).mean((2, 4))
+            average = to_regions(grid, self.stride).mean((2, 4))
+            if mask is not None:
+                average = average / mask.to(average.dtype).mean((2, 4))
+            out = out + average
         return out

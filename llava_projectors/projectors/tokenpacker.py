@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.base import Projector, mlp_readout, multi_level_layers
+from llava_projectors.projectors.base import (
+    Projector,
+    mlp_readout,
+    multi_level_layers,
+    pad_grid,
+    region_mask,
+    to_regions,
+)
 
 
 class TokenPacker(Projector):
@@ -20,7 +27,9 @@ class TokenPacker(Projector):
 
     The published code fixes four levels of 1024 channels on a 24x24 grid. Here, our choice:
     embed_dim = mm_hidden_size, embed_dim // 128 heads (rounded down to a divisor, at least one),
-    and any number of levels. Weights of released checkpoints load unchanged.
+    and any number of levels. Where s does not divide the grid, the border regions attend to the
+    patches they have, and the coarse query repeats the last row and column. Weights of released
+    checkpoints load unchanged.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
@@ -60,14 +69,15 @@ class TokenPacker(Projector):
         self.apply(_init_weights)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, N, L*C] -> [B, N / scale_factor**2, D], in the dtype of the weights."""
+        """[B, H*H, L*C] -> [B, ceil(H / scale_factor)**2, D], in the dtype of the weights."""
         grid = self.to_grid(features)
         s = self.stride
         coarse = downsample_bilinear(grid[..., -self.mm_hidden_size :], s)
         query = self.ln_q_1(self.q_proj_1(coarse))
         key = self.ln_k_1(self.k_proj_1(grid))
         value = self.ln_v_1(self.v_proj_1(grid))
-        out = self.clip_attn(query, _to_regions(key, s), _to_regions(value, s))
+        mask = region_mask(grid, s)
+        out = self.clip_attn(query, _flatten_regions(key, s), _flatten_regions(value, s), mask)
         return self.mlp(out.flatten(1, 2))
 
 
@@ -87,8 +97,10 @@ class RegionAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [B, h, w, E], key and value [B, h, w, R, E] -> [B, h, w, E]."""
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """query [B, h, w, E], key and value [B, h, w, R, E], mask of `region_mask` -> [B, h, w, E]."""
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
         heads = (self.num_heads, -1)
@@ -96,28 +108,36 @@ class RegionAttention(nn.Module):
         k = F.linear(key, k_weight, k_bias).unflatten(-1, heads)
         v = F.linear(value, v_weight, v_bias).unflatten(-1, heads)
         scores = torch.einsum("bhwnd,bhwrnd->bhwnr", q * q.shape[-1] ** -0.5, k)
+        if mask is not None:
+            patches = mask.transpose(2, 3).flatten(3)  # [1, h, w, R]
+            scores = scores.masked_fill(~patches.unsqueeze(3), float("-inf"))
         out = torch.einsum("bhwnr,bhwrnd->bhwnd", scores.softmax(-1).to(v.dtype), v)
         return self.out_proj(out.flatten(-2))
 
 
 def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """`F.interpolate(mode="bilinear")` by 1/stride, as a mean: [B, H, W, C] -> [B, H/s, W/s, C].
+    """`F.interpolate(mode="bilinear")` by 1/stride, as a mean: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), C].
 
     A sample falls on the centre of its region: the mean of the four central patches when the
     stride is even, the central patch when it is odd. Summed in at least float32, since bilinear
-    interpolation in bfloat16 is missing or slow on some builds.
+    interpolation in bfloat16 is missing or slow on some builds. The last row and column are repeated
+    until the stride divides the grid.
     """
-    regions = grid.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
+    for dim in (1, 2):
+        size = grid.shape[dim]
+        if size % stride:
+            index = torch.arange(size + -size % stride, device=grid.device).clamp(max=size - 1)
+            grid = grid.index_select(dim, index)
+    regions = to_regions(grid, stride)
     centre = slice((stride - 1) // 2, stride // 2 + 1)
     centre_patches = regions[:, :, centre, :, centre]
     summed_in = torch.promote_types(grid.dtype, torch.float32)
     return centre_patches.mean((2, 4), dtype=summed_in).to(grid.dtype)
 
 
-def _to_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """[B, H, W, C] -> [B, H/s, W/s, s*s, C]."""
-    regions = grid.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
-    return regions.transpose(2, 3).flatten(3, 4)
+def _flatten_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B, H, W, C] -> [B, ceil(H/s), ceil(W/s), s*s, C], padded with zeros."""
+    return to_regions(pad_grid(grid, stride), stride).transpose(2, 3).flatten(3, 4)
 
 
 def _key_value_stack(in_features: int, embed_dim: int) -> nn.Sequential:
