@@ -18,6 +18,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit; the
 from llava_projectors.demo import assets, train
 
 
+def skip_unless_llava_trains():
+    if Version(transformers.__version__) < Version("4.36"):
+        pytest.skip("LLaVA's training script passes attn_implementation, which transformers knows from 4.36 on")
+
+
+@pytest.fixture(scope="session")
+def can_train():
+    """Skips where the installed LLaVA's script itself cannot run."""
+    skip_unless_llava_trains()
+
+
 @dataclass
 class Tiny:
     root: Path
@@ -38,8 +49,7 @@ class Tiny:
         return self.run(name, projector_type, environment, options)
 
     def run(self, name, projector_type, environment, options):
-        if Version(transformers.__version__) < Version("4.36"):
-            pytest.skip("LLaVA's training script passes attn_implementation, which transformers knows from 4.36 on")
+        skip_unless_llava_trains()
         output = self.root / "runs" / f"llava-{name}"
         command = train.training_command(output, self.llm, self.tower, projector_type, **options)
         return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
@@ -117,7 +127,7 @@ def build_model(tiny, model_args):
 
 
 @pytest.fixture
-def llava_train(tiny, tmp_path, monkeypatch):
+def llava_train(tiny, can_train, tmp_path, monkeypatch):
     """Run LLaVA's `train()` in this process, for errors that come before the first step."""
     from llava import conversation
     from llava.train import train as script

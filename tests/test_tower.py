@@ -157,8 +157,8 @@ def test_towers_that_are_no_single_grid_are_refused(towers, monkeypatch):
 @pytest.fixture
 def siglip(tmp_path):
     """A tower as LLaVA-NeXT's SigLIP: no CLS token, no `feature_select`, the last layer deleted, a 27x27 grid."""
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
+    transformers = pytest.importorskip("transformers", "4.37", reason="SigLIP came with transformers 4.37")
+    SiglipVisionConfig, SiglipVisionModel = transformers.SiglipVisionConfig, transformers.SiglipVisionModel
     config = SiglipVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=27, num_attention_heads=2, image_size=384, patch_size=14
     )
