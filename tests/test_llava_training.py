@@ -225,7 +225,7 @@ def test_adapters_of_another_type_are_named(llava_train, tiny, trained, tmp_path
     stock = {"0.weight": torch.zeros(80, 32), "0.bias": torch.zeros(80)}
     stock |= {"2.weight": torch.zeros(80, 80), "2.bias": torch.zeros(80)}
     cases = [
-        ("saep", stock, "missing: aggregate.weight.*unexpected: 0.weight.*look like 'mlp2x_gelu'"),
+        ("saep", stock, "missing: aggregate.weight.*unexpected: 0.bias, 0.weight.*look like 'mlp2x_gelu'"),
         (
             "saep",
             build_projector("tokenpacker", 32, 80).state_dict(),

@@ -177,7 +177,7 @@ def test_adapter_and_base(load, adapter, tiny):
     [
         (lambda state: {}, "got no weights from .*llava-adapter: missing: aggregate.bias, .*There are no projector"),
         (without_norm, "got no weights from .*llava-adapter: missing: norm.bias, norm.weight"),
-        (with_stock, "weights do not fit the projector 'saep': unexpected: 0.weight.* look like 'mlp2x_gelu'"),
+        (with_stock, "weights do not fit the projector 'saep': unexpected: 0.bias, 0.weight.* look like 'mlp2x_gelu'"),
         (with_projector("tokenpacker"), "do not fit the projector 'saep': unexpected.* look like 'tokenpacker'"),
         (with_projector("saep:layers=12+23"), r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\]"),
     ],
