@@ -40,8 +40,6 @@ class SeamFinder:
         if not fullname.startswith(self._prefixes):
             return None
         package = next(p for p in self.packages if fullname.startswith(f"{p}.model."))
-        # LLaVA imports its models under a bare `except: pass`, which would turn an error
-        # here into a baffling "cannot import name" elsewhere. So nothing may leave.
         try:
             from llava_projectors.integration import seams
 
@@ -55,13 +53,21 @@ class SeamFinder:
                     _patch_after_execution(spec, package)
                     return spec
         except Exception as error:
-            print(
-                f"llava_projectors: cannot patch {fullname}, it stays as it is: "
-                f"{type(error).__name__}: {error}\n"
-                f"llava_projectors: `llava-projectors doctor --package {package}` says more",
-                file=sys.stderr,
-            )
+            _report(fullname, package, error)
         return None
+
+
+def _report(module_name: str, package: str, error: Exception) -> None:
+    """Say on stderr that a module stays unpatched, instead of raising.
+
+    LLaVA imports its models under a bare `except: pass`, which would turn an error of ours into a
+    baffling "cannot import name" elsewhere.
+    """
+    print(
+        f"llava_projectors: cannot patch {module_name}, it stays as it is: {type(error).__name__}: {error}\n"
+        f"llava_projectors: `llava-projectors doctor --package {package}` says more",
+        file=sys.stderr,
+    )
 
 
 def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
@@ -73,10 +79,13 @@ def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        if package in _finder.packages:
-            from llava_projectors.integration import seams
+        try:
+            if package in _finder.packages:
+                from llava_projectors.integration import seams
 
-            seams.patch_module(package, module)
+                seams.patch_module(package, module)
+        except Exception as error:
+            _report(module.__name__, package, error)
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
 

@@ -272,15 +272,23 @@ def test_a_fork_without_a_seam_fails_when_a_projector_is_asked_for(tmp_path):
     assert "doctor --package myfork" in lines[1]
 
 
-def test_an_error_while_patching_leaves_llava_importable(tmp_path):
-    """Our own package broken in the middle: one line on stderr, and LLaVA as it is without us."""
-    script = """
-    import sys
-    sys.modules["llava_projectors.integration"] = None  # what a half-removed installation looks like
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        # what a half-removed installation looks like, and a table that does not fit what it finds
+        "import sys; sys.modules['llava_projectors.integration'] = None",
+        "from llava_projectors.integration import seams; seams._owners = None",
+    ],
+)
+def test_an_error_while_patching_leaves_llava_importable(breakage):
+    """One line on stderr, and LLaVA as it is without us: it would swallow an exception."""
+    script = f"""
+    {breakage}
     import llava.model.multimodal_projector.builder as builder
+    from llava.model import LlavaLlamaForCausalLM
     print(hasattr(builder.build_vision_projector, "__wrapped__"))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert "llava_projectors: cannot patch llava.model.multimodal_" in done.stderr
+    assert "llava_projectors: cannot patch llava.model.multimodal_projector.builder, it stays as it is" in done.stderr
     assert "llava-projectors doctor" in done.stderr
