@@ -62,6 +62,7 @@ def test_doctor_on_packages_that_are_not_llava():
     out = cli("doctor", "--package", "lava", "--package", "json", status=1)
     assert "PROBLEM: no package 'lava' can be imported here: install LLaVA in this environment" in out
     assert "PROBLEM: json has no model.multimodal_encoder.builder.build_vision_tower and no " in out
+    assert out.count("tried: llava (LLaVA, LLaVA-NeXT, LLaVA-Med), share4v (ShareGPT4V), mgm (MGM)") == 2
 
 
 def fork(folder, **files):

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Optional
 
 from llava_projectors.integration import seams
+from llava_projectors.integration.forks import known_forks
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "flash-attn")
 
@@ -106,7 +107,7 @@ def _diagnose_package(package: str) -> PackageDiagnosis:
     if spec is None or spec.submodule_search_locations is None:
         diagnosis.problems.append(
             f"no package {package!r} can be imported here: install LLaVA in this environment "
-            "(`pip install -e .` in its checkout), or name your fork's package with --package"
+            f"(`pip install -e .` in its checkout), or name your fork's package with --package; tried: {known_forks()}"
         )
         return diagnosis
     diagnosis.place = next(iter(spec.submodule_search_locations), None)
@@ -127,7 +128,7 @@ def _diagnose_package(package: str) -> PackageDiagnosis:
     if absent:
         diagnosis.problems.append(
             f"{package} has no {' and no '.join(absent)}: it is no LLaVA, or a fork laid out so differently "
-            "that our types cannot be used with it"
+            f"that our types cannot be used with it; tried: {known_forks()}"
         )
     elif any(row.state == "found" for row in rows):
         diagnosis.problems.append(

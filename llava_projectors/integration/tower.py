@@ -2,7 +2,7 @@
 
 LLaVA's loading and device handling stay as they are; only the choice of hidden states and the
 reported grid change, so the tower becomes an instance of a subclass of its own class. Where a
-fork differs in what cannot be told from its methods, a row of a table below says so.
+fork differs in what cannot be told from its methods, its row in `forks.py` says so.
 """
 
 from __future__ import annotations
@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_projectors.integration.forks import DROPPED_LAYERS, SECOND_TOWER_SETTINGS
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.spec import ProjectorSpecError, format_value
-
-# Layers that a tower deletes after loading and that its config still counts.
-DROPPED_LAYERS = {"SigLipVisionTower": 1}  # LLaVA-NeXT
-# Settings that bring a second tower, which reads the features of the first as those of one layer.
-SECOND_TOWER_SETTINGS = ("vision_tower_aux", "mm_vision_tower_aux")  # MGM: arguments, config
 
 
 class MultiLayerTower(nn.Module):
@@ -91,7 +87,6 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     config = tower.config
     patch_side = config.image_size // config.patch_size
     depth = config.num_hidden_layers - DROPPED_LAYERS.get(type(tower).__name__, 0)
-    # A tower that lets nobody select returns its last hidden state.
     layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
     second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
     if second and len(layers) > 1:
