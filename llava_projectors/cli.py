@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from llava_projectors import autoload
+from llava_projectors.columns import print_columns
+
+INDENT = "    "
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -68,13 +71,14 @@ def list_types(arguments: argparse.Namespace) -> int:
     for entry in types:
         print(f"{entry['name']}: {entry['summary']}")
         rows = [(row["type"], f"{row['tokens']} tokens", f"{row['fewer']} % fewer") for row in entry["tokens"]]
-        _print_columns(rows)
+        print_columns(rows, INDENT)
         print("  options (name:key=value,key=value; lists joined by +):")
-        _print_columns(
+        print_columns(
             [
                 (option["name"], f"default {option['default']}", " | ".join(option["choices"]) or option["expects"])
                 for option in entry["options"]
-            ]
+            ],
+            INDENT,
         )
         print()
     return 0
@@ -112,12 +116,6 @@ def _describe_type(name: str) -> dict[str, Any]:
     }
 
 
-def _print_columns(rows: Sequence[Sequence[str]], indent: str = "    ") -> None:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; status 1 when a package cannot be patched."""
     disabled = autoload.is_disabled()
@@ -140,7 +138,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print(f"hook          {'armed' if diagnosis.armed else 'not armed'} in a fresh interpreter")
     for package in diagnosis.packages:
         print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
-        _print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams])
+        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams], INDENT)
     print("versions      " + ", ".join(f"{name} {version or '-'}" for name, version in diagnosis.versions.items()))
     for problem in [*diagnosis.problems, *(p for package in diagnosis.packages for p in package.problems)]:
         print(f"PROBLEM: {problem}")

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,21 @@ class Tiny:
         output = self.root / "runs" / f"llava-{name}"
         command = train.training_command(output, self.llm, self.tower, projector_type, **options)
         return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
+
+
+@pytest.fixture
+def installed_distribution(tmp_path):
+    """Make a folder that, on PYTHONPATH, is an installed distribution with one module and entry points of ours."""
+
+    def make(name, module, source, *entry_points):
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        metadata = tmp_path / f"{name}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text("\n".join(["[llava_projectors]", *entry_points, ""]))
+        return tmp_path
+
+    return make
 
 
 @pytest.fixture(scope="session")

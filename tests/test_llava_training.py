@@ -4,7 +4,6 @@ import base64
 import hashlib
 import importlib.metadata
 import json
-import textwrap
 
 import pytest
 import torch
@@ -134,10 +133,9 @@ def test_without_the_plugin_our_types_are_unknown(tiny):
         tiny.pretrain("disabled", "saep", {"LLAVA_PROJECTORS_DISABLE": "1"})
 
 
-def test_a_type_of_another_distribution_trains(tiny, tmp_path):
+def test_a_type_of_another_distribution_trains(tiny, installed_distribution):
     """A user's own projector, brought by an entry point, through the unmodified script."""
-    (tmp_path / "corner.py").write_text(
-        textwrap.dedent("""
+    source = """
         from torch import nn
         import llava_projectors
 
@@ -151,13 +149,9 @@ def test_a_type_of_another_distribution_trains(tiny, tmp_path):
 
             def forward(self, features):
                 return self.to_llm(self.to_grid(features)[:, :: self.stride, :: self.stride].flatten(1, 2))
-        """)
-    )
-    metadata = tmp_path / "corner-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: corner\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[llava_projectors]\ncorner = corner\n")
-    folder, output = tiny.pretrain("corner", "corner:stride=6", {"PYTHONPATH": str(tmp_path)})
+        """
+    path = installed_distribution("corner", "corner", source, "corner = corner")
+    folder, output = tiny.pretrain("corner", "corner:stride=6", {"PYTHONPATH": str(path)})
     assert "llava_projectors: corner:stride=6: 576 -> 16 visual tokens an image (24x24 -> 4x4)" in output
     saved = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert set(saved) == {"model.mm_projector.to_llm.weight", "model.mm_projector.to_llm.bias"}

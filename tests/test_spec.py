@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 from typing import Literal, Optional
 
 import pytest
@@ -131,23 +130,18 @@ def test_scale_factor_of_the_config_counts_when_the_type_string_gives_none():
         registry.resolve("tokenpacker", Config)
 
 
-def test_types_of_other_distributions(tmp_path):
+def test_types_of_other_distributions(installed_distribution):
     """An entry point brings a type into every process; a broken one is named and takes nothing down."""
-    (tmp_path / "their_projectors.py").write_text(
-        textwrap.dedent("""
+    source = """
         import llava_projectors
 
         @llava_projectors.register_projector("theirs")
         class Theirs(llava_projectors.Projector):
             def __init__(self, mm_hidden_size, hidden_size):
                 super().__init__(mm_hidden_size, hidden_size, None, 1)
-        """)
-    )
-    metadata = tmp_path / "theirs-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[llava_projectors]\na = their_projectors\nb = not_there\n")
+        """
+    folder = installed_distribution("theirs", "their_projectors", source, "a = their_projectors", "b = not_there")
     script = "import llava_projectors; print(llava_projectors.list_projectors())"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['saep', 'theirs', 'tokenpacker']"
     assert "not_there" in done.stderr

@@ -8,12 +8,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 
+from llava_projectors.columns import print_columns
 from llava_projectors.demo.assets import QUESTION, make_dataset, make_llm, make_vision_tower
 from llava_projectors.demo.train import (
     TrainingFailed,
@@ -138,11 +138,6 @@ def demo(output: Path, steps: int) -> int:
             )
         )
     say(f'done; the question was "{QUESTION}", about flower.jpg\n')
-    _print_table(rows)
+    rule = tuple("-" * max(map(len, column)) for column in zip(HEADER, *rows))
+    print_columns([HEADER, rule, *rows])
     return 0
-
-
-def _print_table(rows: list[Any]) -> None:
-    widths = [max(map(len, column)) for column in zip(HEADER, *rows)]
-    for row in (HEADER, tuple("-" * width for width in widths), *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -161,8 +161,8 @@ def check_importable(package: str) -> None:
 def patch(package: str) -> list[SeamReport]:
     """Patch the modules of the package that are imported already; see `autoload.patch` for the rest."""
     with _lock:
-        for seam in SEAMS:
-            for module in _modules(package, seam):
+        for name, module in list(sys.modules.items()):
+            if module is not None and has_seams(package, name):
                 patch_module(package, module)
         return report(package)
 

@@ -220,10 +220,14 @@ def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> 
         found: Shapes = {name: shape for name, shape in expected.items() if name not in missing}
         found.update(mismatched)
         found.update(dict.fromkeys(left_over, ()))
-        raise ProjectorWeightsError(
-            f"the projector {projector.name!r} does not get its weights from {source}: "
-            f"{problems(expected, found)}. {likely_cause(projector, found)}"
-        )
+        raise _misfit(projector, source, problems(expected, found), found)
+
+
+def _misfit(projector: Projector, source: str, wrong: str, found: Shapes) -> ProjectorWeightsError:
+    return ProjectorWeightsError(
+        f"the projector {projector.name!r} does not get its weights from {source}: {wrong}. "
+        f"{likely_cause(projector, found)}"
+    )
 
 
 def check_complete(model: nn.Module, source: str) -> None:
@@ -273,9 +277,4 @@ def explain_failed_load(source: str, config: Any) -> Optional[ProjectorWeightsEr
     except (OSError, ValueError, AttributeError):  # no local folder, or no projector of ours: not our concern
         return None
     wrong = problems(expected_shapes(projector), found) if found else ""
-    if not wrong:
-        return None
-    return ProjectorWeightsError(
-        f"the projector {projector.name!r} does not get its weights from {source}: {wrong}. "
-        f"{likely_cause(projector, found)}"
-    )
+    return _misfit(projector, source, wrong, found) if wrong else None

@@ -136,6 +136,6 @@ def region_mask(grid: torch.Tensor, stride: int) -> Optional[torch.Tensor]:
     return to_regions(pad_grid(grid.new_ones(1, height, width, 1), stride), stride).bool()
 
 
-def mlp_readout(in_features: int, hidden_size: int) -> nn.Sequential:
-    """Linear, GELU, Linear to the LLM width: the shape of LLaVA-1.5's `mlp2x_gelu`."""
-    return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+def two_layer_mlp(in_features: int, out_features: int) -> nn.Sequential:
+    """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks."""
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))

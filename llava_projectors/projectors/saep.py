@@ -9,11 +9,11 @@ from torch import nn
 
 from llava_projectors.projectors.base import (
     Projector,
-    mlp_readout,
     multi_level_layers,
     pad_grid,
     region_mask,
     to_regions,
+    two_layer_mlp,
 )
 
 
@@ -87,7 +87,7 @@ class SAEP(Projector):
             groups=depthwise_channels,
         )
         self.norm = nn.LayerNorm(inner_size, eps=1e-6)
-        self.readout = mlp_readout(inner_size, hidden_size)
+        self.readout = two_layer_mlp(inner_size, hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, ceil(H / stride)**2, D], in the dtype of the weights."""
@@ -100,12 +100,12 @@ class SAEP(Projector):
 
     def reduce(self, grid: torch.Tensor) -> torch.Tensor:
         """The strided half: [B, H, W, K] -> [B, ceil(H/s), ceil(W/s), K]."""
-        mask = region_mask(grid, self.stride)
-        grid = pad_grid(grid, self.stride)
+        padded = pad_grid(grid, self.stride)
         # Channels stay innermost in memory, so both permutations are views.
-        out = self.depthwise(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = self.depthwise(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.shortcut == "average":
-            average = to_regions(grid, self.stride).mean((2, 4))
+            average = to_regions(padded, self.stride).mean((2, 4))
+            mask = region_mask(grid, self.stride)
             if mask is not None:
                 average = average / mask.to(average.dtype).mean((2, 4))
             out = out + average

@@ -10,11 +10,11 @@ from torch import nn
 
 from llava_projectors.projectors.base import (
     Projector,
-    mlp_readout,
     multi_level_layers,
     pad_grid,
     region_mask,
     to_regions,
+    two_layer_mlp,
 )
 
 
@@ -59,13 +59,13 @@ class TokenPacker(Projector):
             num_heads -= 1
         in_channels = self.num_levels * mm_hidden_size
         self.q_proj_1 = nn.Linear(mm_hidden_size, embed_dim, bias=False)
-        self.k_proj_1 = _key_value_stack(in_channels, embed_dim)
-        self.v_proj_1 = _key_value_stack(in_channels, embed_dim)
+        self.k_proj_1 = two_layer_mlp(in_channels, embed_dim)
+        self.v_proj_1 = two_layer_mlp(in_channels, embed_dim)
         self.ln_q_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_k_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_v_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.clip_attn = RegionAttention(embed_dim, num_heads)
-        self.mlp = mlp_readout(embed_dim, hidden_size)
+        self.mlp = two_layer_mlp(embed_dim, hidden_size)
         self.apply(_init_weights)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -138,10 +138,6 @@ def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
 def _flatten_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
     """[B, H, W, C] -> [B, ceil(H/s), ceil(W/s), s*s, C], padded with zeros."""
     return to_regions(pad_grid(grid, stride), stride).transpose(2, 3).flatten(3, 4)
-
-
-def _key_value_stack(in_features: int, embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_features, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
 
 
 def _init_weights(module: nn.Module) -> None:
