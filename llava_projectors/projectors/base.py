@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llava_projectors.projectors.recompute import recomputed
+
 # The first two parameters of a projector are positional and come from LLaVA's config;
 # its options are keyword-only. See `llava_projectors.spec.declared_options`.
 
@@ -136,6 +138,20 @@ def region_mask(grid: torch.Tensor, stride: int) -> Optional[torch.Tensor]:
     return to_regions(pad_grid(grid.new_ones(1, height, width, 1), stride), stride).bool()
 
 
-def two_layer_mlp(in_features: int, out_features: int) -> nn.Sequential:
-    """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks."""
-    return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+class TwoLayerMLP(nn.Sequential):
+    """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks.
+
+    Values and parameter names of the plain `nn.Sequential`; the GELU's output is not kept for
+    the backward pass.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        expand, activate, mix = self
+        hidden = expand(x)
+        activated = activate(hidden)
+        with recomputed((activated, activate, hidden)):
+            return mix(activated)

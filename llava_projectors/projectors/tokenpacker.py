@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from llava_projectors.projectors.base import (
     Projector,
+    TwoLayerMLP,
     multi_level_layers,
     pad_grid,
     region_mask,
     to_regions,
-    two_layer_mlp,
 )
+from llava_projectors.projectors.recompute import is_compiling, recomputed
 
 
 class TokenPacker(Projector):
@@ -59,13 +61,13 @@ class TokenPacker(Projector):
             num_heads -= 1
         in_channels = self.num_levels * mm_hidden_size
         self.q_proj_1 = nn.Linear(mm_hidden_size, embed_dim, bias=False)
-        self.k_proj_1 = two_layer_mlp(in_channels, embed_dim)
-        self.v_proj_1 = two_layer_mlp(in_channels, embed_dim)
+        self.k_proj_1 = TwoLayerMLP(in_channels, embed_dim)
+        self.v_proj_1 = TwoLayerMLP(in_channels, embed_dim)
         self.ln_q_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_k_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_v_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.clip_attn = RegionAttention(embed_dim, num_heads)
-        self.mlp = two_layer_mlp(embed_dim, hidden_size)
+        self.mlp = TwoLayerMLP(embed_dim, hidden_size)
         self.apply(_init_weights)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -74,10 +76,10 @@ class TokenPacker(Projector):
         s = self.stride
         coarse = downsample_bilinear(grid[..., -self.mm_hidden_size :], s)
         query = self.ln_q_1(self.q_proj_1(coarse))
-        key = self.ln_k_1(self.k_proj_1(grid))
-        value = self.ln_v_1(self.v_proj_1(grid))
-        mask = region_mask(grid, s)
-        out = self.clip_attn(query, _flatten_regions(key, s), _flatten_regions(value, s), mask)
+        k, v = self.k_proj_1(grid), self.v_proj_1(grid)
+        key, value = self.ln_k_1(k), self.ln_v_1(v)
+        with recomputed((key, self.ln_k_1, k), (value, self.ln_v_1, v)):
+            out = self.clip_attn(query, key, value, s)
         return self.mlp(out.flatten(1, 2))
 
 
@@ -97,22 +99,117 @@ class RegionAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        """query [B, h, w, E], key and value [B, h, w, R, E], mask of `region_mask` -> [B, h, w, E]."""
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stride: int) -> torch.Tensor:
+        """query [B, h, w, E], key and value [B, H, W, E] -> [B, h, w, E], with h = ceil(H / stride)."""
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
-        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        q_bias, _, v_bias = self.in_proj_bias.chunk(3)  # the key's bias falls out of the softmax
         heads = (self.num_heads, -1)
-        q = F.linear(query, q_weight, q_bias).unflatten(-1, heads)
-        k = F.linear(key, k_weight, k_bias).unflatten(-1, heads)
-        v = F.linear(value, v_weight, v_bias).unflatten(-1, heads)
-        scores = torch.einsum("bhwnd,bhwrnd->bhwnr", q * q.shape[-1] ** -0.5, k)
-        if mask is not None:
-            patches = mask.transpose(2, 3).flatten(3)  # [1, h, w, R]
-            scores = scores.masked_fill(~patches.unsqueeze(3), float("-inf"))
-        out = torch.einsum("bhwnr,bhwrnd->bhwnd", scores.softmax(-1).to(v.dtype), v)
-        return self.out_proj(out.flatten(-2))
+        q = F.linear(query, q_weight, q_bias).unflatten(-1, heads).flatten(0, 2)
+        # Autocast has chosen the dtype of q; it would not reach the backward pass of what follows.
+        key, value = key.to(q.dtype), value.to(q.dtype)
+        k_weight, v_weight = (weight.unflatten(0, heads).to(q.dtype) for weight in (k_weight, v_weight))
+        mask = region_mask(key, stride)
+        patches = None if mask is None else mask.transpose(2, 3).reshape(-1, 1, stride * stride)
+        attend = _attend if is_compiling() else _Attend.apply
+        out, _ = attend(q * q.shape[-1] ** -0.5, key, value, k_weight, v_weight, patches, stride)
+        return self.out_proj(out.reshape(query.shape) + v_bias)
+
+
+def _attend(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_weight: torch.Tensor,
+    v_weight: torch.Tensor,
+    patches: Optional[torch.Tensor],
+    stride: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with the projections of keys and values done once a region instead of once a patch.
+
+    q . (W_k x) = (W_k^T q) . x, and the weighted sum of W_v x is W_v of the weighted sum.
+
+    Args:
+        q: scaled queries [B*h*w, n, d], for n heads.
+        key: keys before their projection [B, H, W, E].
+        value: values before their projection [B, H, W, E].
+        k_weight: [n, d, E].
+        v_weight: [n, d, E].
+        patches: which positions of a region are patches, bool [h*w, 1, s*s], or None for all.
+        stride: s.
+
+    Returns:
+        The attended values [B*h*w, n, d] and the attention weights [B*h*w, n, s*s].
+    """
+    # Nested, so that the large [B*h*w, n, E] is gone before the next one is made.
+    scores = torch.einsum("bne,bre->bnr", torch.einsum("bnd,nde->bne", q, k_weight), _flatten_regions(key, stride))
+    if patches is not None:
+        scores = scores.unflatten(0, (-1, len(patches))).masked_fill(~patches, float("-inf")).flatten(0, 1)
+    weights = scores.softmax(-1)
+    mixed = torch.einsum("bnr,bre->bne", weights, _flatten_regions(value, stride))
+    return torch.einsum("bne,nde->bnd", mixed, v_weight), weights
+
+
+class _Attend(torch.autograd.Function):
+    """`_attend`, keeping only its arguments and the attention weights for the backward pass.
+
+    Autograd would also keep the regrouped keys and values and two tensors of n*E numbers a
+    region, which are more than all the keys at stride 2; here they are made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, key, value, k_weight, v_weight, _, ctx.stride = arguments
+        out, weights = _attend(*arguments)
+        ctx.save_for_backward(q, key, value, k_weight, v_weight, weights)
+        ctx.mark_non_differentiable(weights)
+        return out, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor, _: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+        q, key, value, k_weight, v_weight, weights = ctx.saved_tensors
+        # The values' half and the keys' half one after the other, so that only one is regrouped at a time.
+        d_weights, d_value, d_v_weight = _backward_of_values(d_out, value, v_weight, weights, ctx.stride)
+        d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+        d_q, d_key, d_k_weight = _backward_of_keys(d_scores, q, key, k_weight, ctx.stride)
+        return d_q, d_key, d_value, d_k_weight, d_v_weight, None, None
+
+
+def _backward_of_values(
+    d_out: torch.Tensor, value: torch.Tensor, v_weight: torch.Tensor, weights: torch.Tensor, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the attention weights, the values and their projection."""
+    values = _flatten_regions(value, stride)
+    d_v_weight = torch.einsum("bnd,bne->nde", d_out, torch.einsum("bnr,bre->bne", weights, values))
+    d_mixed = torch.einsum("bnd,nde->bne", d_out, v_weight)
+    d_weights = torch.einsum("bne,bre->bnr", d_mixed, values)
+    del values
+    return d_weights, _to_grid(torch.einsum("bnr,bne->bre", weights, d_mixed), value.shape, stride), d_v_weight
+
+
+def _backward_of_keys(
+    d_scores: torch.Tensor, q: torch.Tensor, key: torch.Tensor, k_weight: torch.Tensor, stride: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the queries, the keys and their projection."""
+    d_folded = torch.einsum("bnr,bre->bne", d_scores, _flatten_regions(key, stride))
+    d_q = torch.einsum("bne,nde->bnd", d_folded, k_weight)
+    d_k_weight = torch.einsum("bnd,bne->nde", q, d_folded)
+    del d_folded
+    folded = torch.einsum("bnd,nde->bne", q, k_weight)
+    return d_q, _to_grid(torch.einsum("bnr,bne->bre", d_scores, folded), key.shape, stride), d_k_weight
+
+
+def _flatten_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B, H, W, E] -> [B*h*w, s*s, E], padded with zeros."""
+    return to_regions(pad_grid(grid, stride), stride).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _to_grid(regions: torch.Tensor, shape: torch.Size, stride: int) -> torch.Tensor:
+    """The inverse of `_flatten_regions`, for a grid of this shape: [B*h*w, s*s, E] -> [B, H, W, E]."""
+    batch, height, width, _ = shape
+    rows, columns = -(-height // stride), -(-width // stride)
+    grid = regions.view(batch, rows, columns, stride, stride, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return grid[:, :height, :width]
 
 
 def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
@@ -133,11 +230,6 @@ def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
     centre_patches = regions[:, :, centre, :, centre]
     summed_in = torch.promote_types(grid.dtype, torch.float32)
     return centre_patches.mean((2, 4), dtype=summed_in).to(grid.dtype)
-
-
-def _flatten_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """[B, H, W, C] -> [B, ceil(H/s), ceil(W/s), s*s, C], padded with zeros."""
-    return to_regions(pad_grid(grid, stride), stride).transpose(2, 3).flatten(3, 4)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""Less memory in training: what is cheap to make again is not kept for the backward pass.
+
+A GELU or LayerNorm and the layer after it each keep a tensor of the full grid: the first its
+input, the second its input, which is the first's output. One follows from the other in a single
+elementwise pass, so only the first is kept. Both modules are called, never looked into, so that
+ZeRO-3 may hold their weights elsewhere and a quantised layer may stand in for a Linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def recomputed(*made: tuple[torch.Tensor, nn.Module, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Within it, a tensor saved for the backward pass is dropped if it is one of those listed.
+
+    Once differentiable: a second derivative does not flow through what was made again.
+
+    Args:
+        made: (output, module, input) with output = module(input). The caller holds each output
+            until the context ends, so that its address is not another tensor's.
+    """
+    if not torch.is_grad_enabled() or is_compiling():  # a compiler decides for itself what to keep
+        return contextlib.nullcontext()
+    inputs = {output.data_ptr(): (output.numel(), module, input.detach()) for output, module, input in made}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        numel, module, kept = inputs.get(tensor.data_ptr(), (0, None, None))
+        if module is None or tensor.numel() != numel or not tensor.is_contiguous():
+            return tensor
+        return module, kept, tensor.shape, tensor.dtype
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        module, kept, shape, dtype = packed
+        with torch.no_grad():
+            return module(kept).to(dtype).view(shape)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing this."""
+    check = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # torch 2.0 has none
+    return check is not None and bool(check())
