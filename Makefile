@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # For test-transformers: another version than LLaVA's pin, in an environment of its own.
 TRANSFORMERS ?= 4.40.2
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower llava_model llava_training load_guard))
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower early_exit llava_model llava_training load_guard))
 
 .PHONY: demo test test-transformers run-on-transformers lint bench clean
 

@@ -7,12 +7,14 @@ fork differs in what cannot be told from its methods, its row in `forks.py` says
 
 from __future__ import annotations
 
+import copy
 from functools import cache
-from typing import Any
+from typing import Any, Callable, ClassVar
 
 import torch
 from torch import nn
 
+from llava_projectors.integration.early_exit import EarlyExit
 from llava_projectors.integration.forks import DROPPED_LAYERS, SECOND_TOWER_SETTINGS
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.spec import ProjectorSpecError, format_value
@@ -25,11 +27,19 @@ class MultiLayerTower(nn.Module):
         projector_layers: indices into the tower's hidden states, the last one LLaVA's own choice.
         patch_side: side of the patch grid before the projector.
         token_side: side of the grid of visual tokens after it.
+        tower_forward: the forward of LLaVA's class, which decides on dtypes, devices and gradients.
     """
 
+    tower_forward: ClassVar[Callable[..., Any]]
     projector_layers: tuple[int, ...]
     patch_side: int
     token_side: int
+
+    def forward(self, images: Any) -> Any:
+        """LLaVA's own forward, on a copy of the tower whose vision model stops at the highest layer asked for."""
+        tower: Any = copy.copy(self)
+        tower._modules = {**self._modules, "vision_tower": EarlyExit(tower.vision_tower, self.projector_layers)}
+        return self.tower_forward(tower, images)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side."""
@@ -61,8 +71,13 @@ class MultiLayerTower(nn.Module):
 
 @cache
 def _subclass(tower_class: Any) -> type[nn.Module]:
-    methods = {} if hasattr(tower_class, "feature_select") else {"forward": MultiLayerTower.select_from_images}
-    return type(f"MultiLayer{tower_class.__name__}", (MultiLayerTower, tower_class), methods)
+    selects = hasattr(tower_class, "feature_select")
+    tower_forward = tower_class.forward if selects else MultiLayerTower.select_from_images
+    return type(
+        f"MultiLayer{tower_class.__name__}",
+        (MultiLayerTower, tower_class),
+        {"tower_forward": staticmethod(tower_forward)},
+    )
 
 
 def _rebuild(tower_class: Any) -> nn.Module:
