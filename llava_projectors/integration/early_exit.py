@@ -50,15 +50,17 @@ class EarlyExit:
         return SimpleNamespace(hidden_states=parts.hidden_states) if parts.hidden_states else outputs
 
 
-class _EncoderInParts:
-    """Called like a transformers encoder, once."""
+class _EncoderInParts(nn.Module):
+    """Called like a transformers encoder, once; a module, because some tools walk the modules that run."""
 
     def __init__(self, encoder: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
         self.encoder = encoder
         self.ends = layers
         self.hidden_states: dict[int, torch.Tensor] = {}
 
-    def __call__(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        """The outputs of the last part."""
         kwargs["output_hidden_states"] = False
         start, outputs = 0, None
         for end in self.ends:

@@ -1,0 +1,146 @@
+"""How many floating-point operations each part takes: the bound that measured times are held against.
+
+A multiplication and an addition are two operations. Counted are matrix products and convolutions;
+elementwise work, norms and softmax are left out, as in `torch.utils.flop_counter`, against which
+every function here is tested.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava_projectors import registry
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.saep import SAEP
+from llava_projectors.projectors.tokenpacker import TokenPacker
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward pass and of the backward pass after it."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.forward * times, self.backward * times)
+
+    @property
+    def both(self) -> int:
+        """A forward and a backward pass."""
+        return self.forward + self.backward
+
+
+def linear(rows: int, in_features: int, out_features: int, *, train: bool = True, input_grad: bool = True) -> Flops:
+    """A linear layer: `train` for the gradient of its weight, `input_grad` for that of its input."""
+    forward = 2 * rows * in_features * out_features
+    return Flops(forward, forward * (train + input_grad))
+
+
+def product(rows: int, inner: int, columns: int) -> Flops:
+    """A matrix product of two activations, both with gradients."""
+    forward = 2 * rows * inner * columns
+    return Flops(forward, 2 * forward)
+
+
+def mlp2x_gelu(patches_a_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
+    """LLaVA-1.5's projector, for one image of a frozen tower."""
+    patches = patches_a_side**2
+    return linear(patches, mm_hidden_size, hidden_size, input_grad=False) + linear(patches, hidden_size, hidden_size)
+
+
+def saep(model: SAEP, patches_a_side: int) -> Flops:
+    """One image of a frozen tower."""
+    channels = model.num_levels * model.mm_hidden_size
+    inner, tokens = model.norm.normalized_shape[0], _tokens(model, patches_a_side)
+    depthwise = 2 * tokens * model.depthwise.in_channels * model.depthwise.kernel_size[0] ** 2
+    readout = linear(tokens, inner, model.hidden_size) + linear(tokens, model.hidden_size, model.hidden_size)
+    if model.order == "pointwise_first":
+        aggregate = linear(patches_a_side**2, channels, inner, input_grad=False) + Flops(0, depthwise)
+    else:
+        aggregate = linear(tokens, channels, inner)
+    return aggregate + Flops(depthwise, depthwise) + readout
+
+
+def tokenpacker(model: TokenPacker, patches_a_side: int) -> Flops:
+    """One image of a frozen tower; some is made again for the gradient."""
+    width, tokens, region = model.mm_hidden_size, _tokens(model, patches_a_side), model.stride**2
+    heads = model.clip_attn.num_heads
+    attention = linear(tokens, width, width) * 2 + product(tokens * heads, width, region) * 2
+    made_again = Flops(0, linear(tokens, width, width).forward + product(tokens * heads, width, region).forward)
+    return _around_attention(model, patches_a_side) + attention + made_again
+
+
+def naive_tokenpacker(model: TokenPacker, patches_a_side: int) -> Flops:
+    """`naive.NaiveTokenPacker` of the same sizes: every key and value is projected."""
+    width, patches, tokens = model.mm_hidden_size, patches_a_side**2, _tokens(model, patches_a_side)
+    attention = linear(patches, width, width) * 2 + product(tokens, width, model.stride**2) * 2
+    return _around_attention(model, patches_a_side) + attention
+
+
+def _around_attention(model: TokenPacker, patches_a_side: int) -> Flops:
+    """TokenPacker without what its attention does to keys and values."""
+    width, patches, tokens = model.mm_hidden_size, patches_a_side**2, _tokens(model, patches_a_side)
+    stack = linear(patches, model.num_levels * width, width, input_grad=False) + linear(patches, width, width)
+    query = linear(tokens, width, width, input_grad=False) + linear(tokens, width, width)
+    out = linear(tokens, width, width)
+    mlp = linear(tokens, width, model.hidden_size) + linear(tokens, model.hidden_size, model.hidden_size)
+    return stack * 2 + query + out + mlp
+
+
+def _tokens(model: Projector, patches_a_side: int) -> int:
+    return math.ceil(patches_a_side / model.stride) ** 2
+
+
+NAIVE = "naive "  # stands before the type string of the implementation it copies
+
+
+def projector(type_string: str, patches_a_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
+    """One image through a projector: `mlp2x_gelu`, a type with a written model, or such a type after `NAIVE`.
+
+    Raises:
+        KeyError: there is no written model for the type.
+    """
+    if type_string == "mlp2x_gelu":
+        return mlp2x_gelu(patches_a_side, mm_hidden_size, hidden_size)
+    with torch.device("meta"):
+        model: Any = registry.build_projector(type_string.removeprefix(NAIVE), mm_hidden_size, hidden_size)
+    is_naive = type_string.startswith(NAIVE)
+    functions: dict[Any, Any] = {SAEP: saep, TokenPacker: naive_tokenpacker if is_naive else tokenpacker}
+    return functions[type(model)](model, patches_a_side)
+
+
+def vision_tower(patches_a_side: int, patch_size: int, width: int, intermediate: int, layers: int) -> int:
+    """Forward pass of the first `layers` layers of a CLIP vision model, one image."""
+    patches = patches_a_side**2
+    positions = patches + 1
+    patch_embedding = 2 * patches * 3 * patch_size**2 * width
+    layer = linear(positions, width, width) * 4 + linear(positions, width, intermediate) * 2
+    attention = product(positions, width, positions) * 2
+    return patch_embedding + layers * (layer + attention).forward
+
+
+def llama(
+    positions: int, width: int, intermediate: int, layers: int, vocabulary: int, *, train: bool, past: int = 0
+) -> Flops:
+    """Forward and backward pass of one sequence, with the logits of every position and attention to all of them.
+
+    Args:
+        positions: new positions of the sequence.
+        width: hidden size.
+        intermediate: width of the MLP.
+        layers: number of decoder layers.
+        vocabulary: number of tokens.
+        train: whether weights get gradients; the input gets one at any rate.
+        past: positions in the key-value cache.
+    """
+    layer = linear(positions, width, width, train=train) * 4 + linear(positions, width, intermediate, train=train) * 3
+    attention = product(positions, width, positions + past) * 2
+    return (layer + attention) * layers + linear(positions, width, vocabulary, train=train)

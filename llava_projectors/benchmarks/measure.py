@@ -1,0 +1,125 @@
+"""Time and memory of functions that are compared: interleaved in one run, so that a slow minute hits all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, Callable
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory on a CPU is chatty
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Function = Callable[[], Any]
+
+
+def interleave(
+    functions: Mapping[str, Function],
+    device: torch.device,
+    seconds_a_function: float,
+    least: int = 3,
+    most: int = 30,
+) -> dict[str, list[float]]:
+    """Run the functions in turn, round after round; the first round warms up and does not count.
+
+    Args:
+        functions: name -> what to time.
+        device: where it runs; on CUDA, the device's own events are read.
+        seconds_a_function: rounds go on for about so long times the number of functions.
+        least: rounds that are run at any rate.
+        most: rounds after which it is enough.
+
+    Returns:
+        name -> seconds, one for each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    started = time.perf_counter()
+    for number in range(most):
+        if number >= least and time.perf_counter() - started > seconds_a_function * len(functions):
+            break
+        for name, function in functions.items():
+            seconds[name].append(seconds_of(function, device))
+    return seconds
+
+
+def seconds_of(function: Function, device: torch.device) -> float:
+    """How long one call takes."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1000
+
+
+def peak_bytes(function: Function, device: torch.device) -> int:
+    """Most memory the call held beyond what was there before it, by torch's allocator.
+
+    Scratch memory that oneDNN and cuBLAS take by themselves is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def matrix_rate_function(device: torch.device, dtype: torch.dtype) -> tuple[Function, int]:
+    """A large matrix product, the yardstick of what the device can do, and its FLOPs."""
+    rows, width = (16384, 4096) if device.type == "cuda" else (1152, 4096)
+    a = torch.randn(rows, width, device=device, dtype=dtype)
+    b = torch.randn(width, width, device=device, dtype=dtype)
+    return lambda: a @ b, 2 * rows * width * width
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """The machine and the versions, for every row of the CSV."""
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    versions = {package: _version(package) for package in ("torch", "transformers", "llava-projectors")}
+    return {"device": device.type, "machine": name, "python": platform.python_version(), **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    """The processor and the widest matrix instructions torch uses on it."""
+    get_capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")
+    return " ".join(filter(None, (platform.machine(), get_capability())))

@@ -1,0 +1,115 @@
+"""One picture of the CSV that `llava-projectors bench` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from llava_projectors.benchmarks.models import STOCK
+from llava_projectors.benchmarks.report import Row, group_name, read_rows
+
+COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", STOCK: "black"}
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draw every suite that the CSV holds, one below the other.
+
+    Raises:
+        ValueError: the file is not one of `bench`.
+    """
+    rows = read_rows(source)
+    panels: dict[str, Callable[[Any, list[Row]], None]] = {
+        "projector": _bars_of_ratios,
+        "tower": _bars_of_ratios,
+        "model": _speed_ups,
+        "scaling": _lines,
+    }
+    found = [(name, draw, [row for row in rows if row["suite"] == name]) for name, draw in panels.items()]
+    found = [panel for panel in found if panel[2]]
+    figure, axes = pyplot.subplots(len(found), squeeze=False, figsize=(11, 3.6 * len(found)), layout="constrained")
+    for axis, (name, draw, panel) in zip(axes[:, 0], found):
+        draw(axis, panel)
+        axis.set_title(name, loc="left", fontweight="bold")
+    first = rows[0]
+    figure.suptitle(f"{first['machine']}; torch {first['torch']}, Python {first['python']}", fontsize=9)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+def _colour(name: str) -> str:
+    return next(colour for prefix, colour in COLOURS.items() if name.startswith(prefix))
+
+
+def _groups(rows: list[Row]) -> list[list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_name(row), []).append(row)
+    return list(groups.values())
+
+
+def _bars_of_ratios(axis: Any, rows: list[Row]) -> None:
+    """Time against the baseline; whiskers are quartiles, ticks the ratio in FLOPs."""
+    groups = _groups(rows)
+    for place, group in enumerate(groups):
+        others = [row for row in group if row["type"] != STOCK]
+        width = min(0.3, 0.85 / len(others))
+        for number, row in enumerate(others):
+            x = place + (number - (len(others) - 1) / 2) * width
+            ratio = float(row["ratio"])
+            spread = [[ratio - float(row["ratio_q1"])], [float(row["ratio_q3"]) - ratio]]
+            shade = {"144": 1.0, "64": 0.75, "36": 0.5}[row["visual_tokens"]]
+            label = row["type"] if place == 0 else None
+            axis.bar(x, ratio, width, color=_colour(row["type"]), alpha=shade, yerr=spread, label=label, ecolor="0.3")
+            axis.hlines(float(row["flops_ratio"]), x - width / 2, x + width / 2, color="red", linewidth=1.2)
+    axis.axhline(1, color="black", linewidth=0.8)
+    labels = [
+        "{}\n{}\nbatch {}".format(g[0]["measure"].replace("+", "+\n"), g[0]["dtype"], g[0]["batch"]) for g in groups
+    ]
+    axis.set_xticks(range(len(groups)), labels, fontsize=7)
+    axis.set_ylabel(f"time / {STOCK}\n(red: FLOP ratio)")
+    axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _speed_ups(axis: Any, rows: list[Row]) -> None:
+    """Speed-up over 576 tokens, beside the bound."""
+    groups = _groups(rows)
+    for place, group in enumerate(groups):
+        others = [row for row in group if row["type"] != STOCK]
+        width = min(0.3, 0.85 / len(others))
+        for number, row in enumerate(others):
+            x = place + (number - (len(others) - 1) / 2) * width
+            shade = {"144": 1.0, "64": 0.75, "36": 0.5}[row["visual_tokens"]]
+            label = f"{row['type']}, {row['visual_tokens']} tokens" if place == 0 else None
+            axis.bar(x, 1 / float(row["ratio"]), width, color=_colour(row["type"]), alpha=shade, label=label)
+            axis.hlines(1 / float(row["flops_ratio"]), x - width / 2, x + width / 2, color="red", linewidth=1.2)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(groups)), [f"{g[0]['measure']}\nbatch {g[0]['batch']}" for g in groups], fontsize=8)
+    axis.set_ylabel("speed-up over 576 tokens\n(red: FLOP bound)")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _lines(axis: Any, rows: list[Row]) -> None:
+    """Prefill time over images a prompt (solid) and over prompts a batch (dashed)."""
+    for column, other, style, label in (
+        ("images", "batch", "-", "images a prompt"),
+        ("batch", "images", "--", "batch"),
+    ):
+        for name in dict.fromkeys(row["type"] for row in rows):
+            points = sorted(
+                (int(r[column]), float(r["median_s"])) for r in rows if r["type"] == name and r[other] == "1"
+            )
+            xs, ys = zip(*points)
+            axis.plot(xs, ys, style, marker="o", color=_colour(name), label=f"{name}, over {label}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel("images a prompt, or prompts a batch")
+    axis.set_ylabel("prefill, s")
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,128 @@
+"""Run the suites, write one CSV, print what came out beside the bars."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from tqdm import tqdm
+
+from llava_projectors.benchmarks import (
+    flops,
+    measure,  # before torch: it quiets the profiler
+)
+from llava_projectors.benchmarks.report import print_report
+from llava_projectors.benchmarks.suites import PLANS, SUITES, Group
+
+YARDSTICK = "matrix product"
+
+
+def choose_device(name: Optional[str]) -> torch.device:
+    """The device of this name, or CUDA where there is one.
+
+    Raises:
+        ValueError: there is none of this name here, or no plan for it.
+    """
+    has_cuda = torch.cuda.is_available()
+    known = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count() if has_cuda else 0)), *["cuda"] * has_cuda]
+    if name is not None and name not in known:
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(known)}")
+    return torch.device(name or ("cuda" if has_cuda else "cpu"))
+
+
+def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) -> int:
+    """Measure, write and print; returns the exit status."""
+    plan_name = "quick" if quick else device.type
+    plan = PLANS[plan_name]
+    facts = {"plan": plan_name, **measure.machine(device)}
+    rows: list[dict[str, Any]] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _silent_models():
+        for suite in suites:
+            progress = tqdm(SUITES[suite](plan, device), desc=suite, unit=" group")
+            for group in progress:
+                progress.set_postfix_str(
+                    f"{group.measure}, {_dtype(group)}, batch {group.batch}, images {group.images}"
+                )
+                rows += [{**row, **facts} for row in measure_group(group, device, plan.seconds)]
+                _write(path, rows)  # after every group, so that an interrupted run keeps what it has
+            gc.collect()
+    print_report(rows)
+    print(f"\nWritten to {path}; draw it with: llava-projectors plot {path}")
+    return 0
+
+
+def measure_group(group: Group, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
+    """One row for each candidate."""
+    group.prepare()
+    multiply, matrix_flops = measure.matrix_rate_function(device, group.dtype)
+    functions = {name: candidate.function for name, candidate in group.candidates.items()}
+    times = measure.interleave({YARDSTICK: multiply, **functions}, device, seconds)
+    rate = matrix_flops / statistics.median(times.pop(YARDSTICK))
+    baseline = next(iter(group.candidates))
+    for name, candidate in group.candidates.items():
+        low, middle, high = measure.quartiles(times[name])
+        bound = candidate.flops / rate
+        yield {
+            "suite": group.suite,
+            "measure": group.measure,
+            "type": name,
+            "dtype": _dtype(group),
+            "batch": group.batch,
+            "images": group.images,
+            "visual_tokens": candidate.visual_tokens,
+            "rounds": len(times[name]),
+            "median_s": _number(middle),
+            "q1_s": _number(low),
+            "q3_s": _number(high),
+            "peak_mib": round(measure.peak_bytes(candidate.memory or candidate.function, device) / 2**20, 1),
+            "flops": candidate.flops,
+            "matrix_flops_per_s": _number(rate),
+            "measured_to_bound": _number(middle / bound),
+            "baseline": baseline,
+            **_ratios("ratio", times[name], times[baseline]),
+            "flops_ratio": _number(candidate.flops / group.candidates[baseline].flops),
+            **_ratios("ratio_to_naive", times[name], times.get(flops.NAIVE + name)),
+        }
+
+
+def _ratios(column: str, ours: list[float], others: Optional[list[float]]) -> dict[str, str]:
+    """Median and quartiles of the ratios within each round."""
+    columns = (f"{column}_q1", column, f"{column}_q3")
+    if others is None:
+        return dict.fromkeys(columns, "")
+    return dict(zip(columns, map(_number, measure.quartiles([a / b for a, b in zip(ours, others)]))))
+
+
+def _dtype(group: Group) -> str:
+    return str(group.dtype).removeprefix("torch.")
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def _silent_models() -> Iterator[None]:
+    """Building models of random weights is nothing to report."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

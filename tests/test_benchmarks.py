@@ -1,0 +1,166 @@
+"""The benchmark: its FLOP model against torch's counter, its reference against ours, its command end to end."""
+
+import csv
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_projectors import build_projector
+from llava_projectors.benchmarks import flops, measure, models, report, suites
+from llava_projectors.benchmarks.naive import NaiveTokenPacker
+from llava_projectors.cli import main
+
+CPU = torch.device("cpu")
+SIDE, WIDTH, HIDDEN = 12, 256, 48
+
+
+def counted(function):
+    """What torch's counter sees, without the gradients of convolutions: there it forgets the groups."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    counts = dict(counter.get_flop_counts()["Global"])
+    counts.pop(torch.ops.aten.convolution_backward, None)
+    return sum(counts.values())
+
+
+def depthwise_gradients(type_string, patches_a_side, channels):
+    """What `counted` leaves out of SAEP: weight and input each take as much as the forward pass."""
+    if not type_string.startswith("saep"):
+        return 0
+    stride, kernel_size = {"stride=3": (3, 3), "stride=4": (4, 5)}.get(type_string.split(":")[-1], (2, 3))
+    forward = 2 * (patches_a_side // stride) ** 2 * channels * kernel_size**2
+    return forward * 4 if "depthwise_first" in type_string else forward * 2  # four levels, but no input gradient
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "type_string", [models.STOCK, *suites.REDUCING, *suites.NAIVE, "saep:order=depthwise_first", "saep:inner_size=40"]
+)
+def test_projector_flops_are_those_of_torchs_counter(type_string, batch):
+    projector = suites._make_projector(type_string, WIDTH, HIDDEN)
+    levels = 1 if type_string == models.STOCK else 4
+    work = flops.projector(type_string, SIDE, WIDTH, HIDDEN) * batch
+    features = torch.randn(batch, SIDE**2, levels * WIDTH)
+    assert counted(lambda: projector(features)) == work.forward
+    left_out = batch * depthwise_gradients(type_string, SIDE, 40 if "inner_size=40" in type_string else WIDTH)
+    assert counted(lambda: projector(features).sum().backward()) == work.both - left_out
+
+
+@pytest.fixture(scope="module")
+def family():
+    return models.Family(models.TINY_TOWER, models.TINY_LLAMA, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("type_string", [models.STOCK, "saep:stride=2", "tokenpacker:scale_factor=3"])
+def test_model_flops_are_those_of_torchs_counter(family, type_string):
+    """Tower, projector and LLM of a real LLaVA: prefill of two images, both training stages, and one decoded token."""
+    llavas = {type_string: family.make(type_string)}
+    prefill = suites.prefill_group("model", family, llavas, batch=2, images=2).candidates[type_string]
+    assert counted(prefill.function) == prefill.flops
+    decode = suites.decode_group(family, llavas).candidates[type_string]
+    assert counted(decode.function) == decode.flops
+    for train_llm in (False, True):
+        group = suites.training_group(family, llavas, "", 2, train_llm)
+        group.prepare()
+        left_out = 2 * depthwise_gradients(type_string, 24, models.TINY_TOWER.width)
+        assert counted(group.candidates[type_string].function) == group.candidates[type_string].flops - left_out
+
+
+def test_models_differ_in_the_projector_alone(family):
+    stock, saep = family.make(models.STOCK), family.make("saep")
+    assert saep.model.layers is stock.model.layers
+    assert saep.model.vision_tower.vision_tower is stock.model.vision_tower.vision_tower
+    assert type(saep.model.mm_projector).__name__ == "SAEP"
+    assert not any(p.is_meta for p in saep.parameters())
+
+
+@pytest.mark.parametrize("scale_factor", [2, 3, 4])
+def test_the_naive_reference_computes_the_same(scale_factor):
+    torch.manual_seed(0)
+    ours = build_projector(f"tokenpacker:scale_factor={scale_factor}", WIDTH, HIDDEN).double()
+    naive = NaiveTokenPacker(WIDTH, HIDDEN, scale_factor).double()
+    naive.load_state_dict(ours.state_dict())  # the published names
+    features = torch.randn(2, SIDE**2, 4 * WIDTH, dtype=torch.float64)
+    # The reference interpolates in float32.
+    torch.testing.assert_close(ours(features), naive(features), rtol=1e-5, atol=1e-6)
+
+
+def test_training_keeps_less_than_the_naive_reference():
+    """The figure at CLIP-L's sizes is in the benchmark; here only that nothing large is kept again."""
+    features = torch.randn(8, 24**2, 4 * WIDTH)
+    peaks = {}
+    for name in ("tokenpacker:scale_factor=2", "naive tokenpacker:scale_factor=2"):
+        _, accumulate = suites._forward_backward(suites._make_projector(name, WIDTH, 4 * WIDTH), features)
+        accumulate()
+        peaks[name] = measure.peak_bytes(accumulate, CPU)
+    ours, naive = peaks.values()
+    assert ours < 0.75 * naive
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    def function():
+        a = torch.ones(2**18)
+        del a
+        b, c = torch.ones(2**17), torch.ones(2**17)
+        return b + c
+
+    assert measure.peak_bytes(function, CPU) == 3 * 2**19
+
+
+def test_rounds_are_interleaved_and_the_first_does_not_count():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    seconds = measure.interleave(functions, CPU, 0, least=2)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def bar_row(**values):
+    row = {"suite": "projector", "measure": "forward", "type": "saep:stride=2", "dtype": "float32", "batch": "1"}
+    return {**row, "images": "1", "visual_tokens": "144", "device": "cpu", "ratio": "0.5", **values}
+
+
+def test_bars_tell_best_worst_and_where():
+    rows = [bar_row(), bar_row(batch="8", ratio="1.25"), bar_row(type="mlp2x_gelu", ratio="1", visual_tokens="576")]
+    (line,) = report.bar_lines(rows)
+    assert line == (
+        "SAEP / mlp2x_gelu, time, s = 2",
+        "<= 1.00",
+        "0.50",
+        "1.25",
+        "saep:stride=2, forward, float32, batch 8",
+        "met in 1 of 2",
+    )
+    assert [line[-1] for line in report.bar_lines(rows[::2])] == ["met"]
+
+
+def test_command_writes_a_csv_and_a_picture(tmp_path, capsys):
+    path = tmp_path / "new" / "bench.csv"
+    assert main(["bench", "--quick", "--suite", "model", "--suite", "scaling", "--csv", str(path)]) == 0
+    assert "x bound" in capsys.readouterr().out
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["suite"] for row in rows} == {"model", "scaling"}
+    assert all(row["machine"] and row["torch"] == torch.__version__ for row in rows)
+    assert {row["visual_tokens"] for row in rows} == {"576", "144", "64", "36"}
+    assert main(["plot", str(path)]) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", [None, "a,b\n1,2\n", ""])
+def test_a_file_that_cannot_be_drawn_is_explained(tmp_path, capsys, content):
+    path = tmp_path / "some.csv"
+    if content is not None:
+        path.write_text(content)
+    assert main(["plot", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert "bench --quick" in error
+
+
+def test_an_unknown_device_is_explained(tmp_path, capsys):
+    assert main(["bench", "--quick", "--device", "gpu", "--csv", str(tmp_path / "x.csv")]) == 1
+    assert "'gpu'" in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
