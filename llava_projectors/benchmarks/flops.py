@@ -99,11 +99,17 @@ def _tokens(model: Projector, patches_a_side: int) -> int:
     return math.ceil(patches_a_side / model.stride) ** 2
 
 
-NAIVE = "naive "  # stands before the type string of the implementation it copies
+# Stand before a type string, for other implementations of the same projector.
+NAIVE, TRITON = "naive ", "triton "
+
+
+def bare(name: str) -> str:
+    """The type string without such a word."""
+    return name.split(" ")[-1]
 
 
 def projector(type_string: str, patches_a_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
-    """One image through a projector: `mlp2x_gelu`, a type with a written model, or such a type after `NAIVE`.
+    """One image through a projector: `mlp2x_gelu`, or a type with a written model, also after `NAIVE` or `TRITON`.
 
     Raises:
         KeyError: there is no written model for the type.
@@ -111,7 +117,7 @@ def projector(type_string: str, patches_a_side: int, mm_hidden_size: int, hidden
     if type_string == "mlp2x_gelu":
         return mlp2x_gelu(patches_a_side, mm_hidden_size, hidden_size)
     with torch.device("meta"):
-        model: Any = registry.build_projector(type_string.removeprefix(NAIVE), mm_hidden_size, hidden_size)
+        model: Any = registry.build_projector(bare(type_string), mm_hidden_size, hidden_size)
     is_naive = type_string.startswith(NAIVE)
     functions: dict[Any, Any] = {SAEP: saep, TokenPacker: naive_tokenpacker if is_naive else tokenpacker}
     return functions[type(model)](model, patches_a_side)

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from llava_projectors.benchmarks.models import STOCK
 from llava_projectors.benchmarks.report import Row, group_name, read_rows
 
-COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", STOCK: "black"}
+COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", "triton": "tab:green", STOCK: "black"}
 
 
 def plot(source: Path, target: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
@@ -13,9 +15,12 @@ from llava_projectors import registry
 from llava_projectors.benchmarks import flops, models
 from llava_projectors.benchmarks.models import PATCHES_A_SIDE, STOCK
 from llava_projectors.benchmarks.naive import NaiveTokenPacker
+from llava_projectors.projectors import kernels
 
 REDUCING = tuple(f"{name}={stride}" for name in ("saep:stride", "tokenpacker:scale_factor") for stride in (2, 3, 4))
-NAIVE = tuple(flops.NAIVE + name for name in REDUCING if name.startswith("tokenpacker"))
+TOKENPACKERS = REDUCING[3:]
+NAIVE = tuple(flops.NAIVE + name for name in TOKENPACKERS)
+TRITON = tuple(flops.TRITON + name for name in TOKENPACKERS)
 # Text beside the images of a prompt; LLaVA's own training samples have a few times as much.
 TEXT_TOKENS = 64
 DECODED_TOKENS = 8
@@ -124,7 +129,8 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     """Forward, and forward with backward, of projectors at the sizes of CLIP-L and a 7B LLM."""
     width, hidden = models.CLIP_LARGE.width, models.LLAVA_7B.width
     for dtype in plan.dtypes:
-        names = (STOCK, *REDUCING, *NAIVE)
+        has_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        names = (STOCK, *REDUCING, *NAIVE, *(TRITON if has_kernels else ()))
         projectors = {name: _make_projector(name, width, hidden).to(device, dtype) for name in names}
         for batch in plan.batches:
             features = torch.randn(batch, PATCHES_A_SIDE**2, 4 * width, device=device).to(dtype)
@@ -243,9 +249,27 @@ def training_group(family: models.Family, llavas: dict[str, Any], measure: str, 
     return Group("model", measure, family.dtype, batch, candidates, prepare=prepare)
 
 
+class _WithKernels(nn.Module):
+    """A projector whose forward has the fused kernels switched on; they choose its backward too."""
+
+    def __init__(self, projector: nn.Module) -> None:
+        super().__init__()
+        self.projector = projector
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        before = os.environ.get(kernels.VARIABLE, "0")
+        os.environ[kernels.VARIABLE] = "1"
+        try:
+            return self.projector(features)
+        finally:
+            os.environ[kernels.VARIABLE] = before
+
+
 def _make_projector(name: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
     if name == STOCK:
         return nn.Sequential(nn.Linear(mm_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+    if name.startswith(flops.TRITON):
+        return _WithKernels(_make_projector(flops.bare(name), mm_hidden_size, hidden_size))
     if name.startswith(flops.NAIVE):
         scale_factor = registry.resolve(name[len(flops.NAIVE) :]).options["scale_factor"]
         return NaiveTokenPacker(mm_hidden_size, hidden_size, scale_factor)
@@ -253,11 +277,7 @@ def _make_projector(name: str, mm_hidden_size: int, hidden_size: int) -> nn.Modu
 
 
 def _visual_tokens(name: str) -> int:
-    side = (
-        PATCHES_A_SIDE
-        if name == STOCK
-        else registry.resolve(name.removeprefix(flops.NAIVE)).output_side(PATCHES_A_SIDE)
-    )
+    side = PATCHES_A_SIDE if name == STOCK else registry.resolve(flops.bare(name)).output_side(PATCHES_A_SIDE)
     return side**2
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from llava_projectors.projectors import kernels
 from llava_projectors.projectors.base import (
     Projector,
     TwoLayerMLP,
@@ -110,8 +111,7 @@ class RegionAttention(nn.Module):
         k_weight, v_weight = (weight.unflatten(0, heads).to(q.dtype) for weight in (k_weight, v_weight))
         mask = region_mask(key, stride)
         patches = None if mask is None else mask.transpose(2, 3).reshape(-1, 1, stride * stride)
-        attend = _attend if is_compiling() else _Attend.apply
-        out, _ = attend(q * q.shape[-1] ** -0.5, key, value, k_weight, v_weight, patches, stride)
+        out, _ = _implementation(q)(q * q.shape[-1] ** -0.5, key, value, k_weight, v_weight, patches, stride)
         return self.out_proj(out.reshape(query.shape) + v_bias)
 
 
@@ -147,6 +147,17 @@ def _attend(
     weights = scores.softmax(-1)
     mixed = torch.einsum("bnr,bre->bne", weights, _flatten_regions(value, stride))
     return torch.einsum("bne,nde->bnd", mixed, v_weight), weights
+
+
+def _implementation(q: torch.Tensor) -> Callable[..., Any]:
+    """The function to use in place of `_attend`; all compute the same."""
+    if is_compiling():
+        return _attend
+    if kernels.are_wanted(q):
+        from llava_projectors.projectors.kernels.region_attention import FusedAttend
+
+        return FusedAttend.apply
+    return _Attend.apply
 
 
 class _Attend(torch.autograd.Function):
