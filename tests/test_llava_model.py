@@ -20,6 +20,11 @@ COUNTS = {
     "tokenpacker": 144,
     "tokenpacker:scale_factor=3": 64,
     "tokenpacker:scale_factor=4": 36,
+    "avg_pool": 144,
+    "pixel_shuffle:stride=4": 36,
+    "ldpv2:stride=3": 64,
+    "c_abstractor": 144,
+    "resampler:num_queries=49": 49,
 }
 OURS = [name for name in COUNTS if name != "mlp2x_gelu"]
 

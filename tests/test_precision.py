@@ -10,6 +10,7 @@ from torch import nn
 from llava_projectors import build_projector
 
 TYPES = ("saep", "saep:order=depthwise_first", "saep:stride=3", "tokenpacker", "tokenpacker:scale_factor=3")
+BASELINES = ("avg_pool", "pixel_shuffle", "ldpv2", "c_abstractor", "resampler:num_queries=36")
 
 
 def outlier_features(projector, dtype, batch=2, side=12):

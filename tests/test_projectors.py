@@ -16,7 +16,10 @@ from llava_projectors.projectors.tokenpacker import downsample_bilinear
 
 GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
 STRIDES = {"saep": "saep:stride={}", "tokenpacker": "tokenpacker:scale_factor={}"}
-ALL_TYPES = [pattern.format(s) for pattern in STRIDES.values() for s in (2, 3, 4)]
+OURS = [pattern.format(s) for pattern in STRIDES.values() for s in (2, 3, 4)]
+BASELINES = ["avg_pool", "pixel_shuffle:stride=3", "ldpv2", "c_abstractor:stride=4"]
+ALL_TYPES = OURS + BASELINES
+RESAMPLER = "resampler:num_queries=16"  # no stride, so it is named where a test does not ask for one
 # The LLM's own linear layers, by the names LoRA looks for in Llama, Mistral and MPT.
 LLM_LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "Wqkv")
 
@@ -159,7 +162,7 @@ SAEP_VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES + SAEP_VARIANTS)
+@pytest.mark.parametrize("type_string", OURS + SAEP_VARIANTS)
 @pytest.mark.parametrize("side", [12, 13, 11], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, tolerance):
@@ -195,7 +198,9 @@ def randomise(projector):
     return projector
 
 
-@pytest.mark.parametrize("type_string", ["saep", "saep:order=depthwise_first,stride=3", "tokenpacker"])
+@pytest.mark.parametrize(
+    "type_string", ["saep", "saep:order=depthwise_first,stride=3", "tokenpacker", *BASELINES, RESAMPLER]
+)
 def test_gradcheck(type_string):
     torch.manual_seed(0)
     projector = randomise(build_projector(type_string, 4, 3)).double()
@@ -217,7 +222,7 @@ def test_any_size(type_string, side, mm_hidden_size, hidden_size):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
 def test_non_contiguous_and_empty_input(type_string):
     projector = build_projector(type_string, 16, 8)
     x = features_for(projector)
@@ -240,11 +245,11 @@ def test_a_token_sees_its_own_region_only_as_far_as_documented(type_string):
     difference = (projector(changed) - projector(x)).abs().amax(-1).view(12 // s, 12 // s)
     touched = {tuple(index) for index in difference.gt(1e-7).nonzero().tolist()}
     assert (row // s, column // s) in touched
-    if projector.name == "tokenpacker":
+    if projector.name in ("tokenpacker", "avg_pool", "pixel_shuffle"):
         assert len(touched) == 1
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
 def test_no_buffers_and_lora_safe_names(type_string):
     projector = build_projector(type_string, 16, 8)
     assert list(projector.named_buffers()) == []
@@ -262,7 +267,7 @@ def test_downsampling_is_bilinear_interpolation(stride, dtype):
     torch.testing.assert_close(actual, expected.permute(0, 2, 3, 1).to(dtype))
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(type_string, parameter_dtype):
     """LLaVA's bf16 runs without DeepSpeed use autocast, over weights of either dtype."""
@@ -305,7 +310,7 @@ def test_bad_features_are_explained(type_string):
         projector(torch.zeros(1, 577, 64))
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("type_string", [*OURS, *BASELINES[:-1]])  # C-Abstractor looks at the whole picture
 def test_padding_changes_nothing_where_there_are_patches(type_string):
     """The tokens of whole regions are the same whether or not the grid goes on with a partial region."""
     projector = build_projector(type_string, 16, 8)
@@ -315,7 +320,7 @@ def test_padding_changes_nothing_where_there_are_patches(type_string):
     tokens = projector(large).unflatten(1, (whole // s + 1, -1))
     expected = projector(small).unflatten(1, (whole // s, -1))
     # A kernel that reaches over its region sees the next patch, so its last row and column may differ.
-    inner = whole // s - (1 if projector.name == "saep" else 0)
+    inner = whole // s - (1 if projector.name in ("saep", "ldpv2") else 0)
     torch.testing.assert_close(tokens[:, :inner, :inner], expected[:, :inner, :inner])
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from llava_projectors.projectors.base import (
+    DepthwiseConv2d,
     Projector,
     TwoLayerMLP,
+    average_regions,
     multi_level_layers,
     pad_grid,
-    region_mask,
-    to_regions,
 )
 
 
@@ -98,32 +98,7 @@ class SAEP(Projector):
 
     def reduce(self, grid: torch.Tensor) -> torch.Tensor:
         """The strided half: [B, H, W, K] -> [B, ceil(H/s), ceil(W/s), K]."""
-        padded = pad_grid(grid, self.stride)
         # Channels stay innermost in memory, so both permutations are views.
-        out = self.depthwise(padded.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.shortcut == "average":
-            average = to_regions(padded, self.stride).mean((2, 4))
-            mask = region_mask(grid, self.stride)
-            if mask is not None:
-                average = average / mask.to(average.dtype).mean((2, 4))
-            out = out + average
-        return out
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with one filter a channel; on a CPU, half precision is computed in float32.
-
-    oneDNN has no fast backward pass for it in bfloat16: 24 ms against 2.4 ms in float32, for 4
-    images of 24x24 patches and 1024 channels on two cores.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int) -> None:
-        super().__init__(channels, channels, kernel_size, stride=stride, padding=padding, groups=channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, C, H', W']."""
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast("cpu", enabled=False):
-            return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
+        channels_first = pad_grid(grid, self.stride).permute(0, 3, 1, 2)
+        out = self.depthwise(channels_first).permute(0, 2, 3, 1)
+        return out + average_regions(grid, self.stride) if self.shortcut == "average" else out

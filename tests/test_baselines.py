@@ -1,0 +1,182 @@
+"""The projectors that ours are compared with: float64 references, and what sets each apart."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_projectors import features_for, randomise, relative_error
+
+from llava_projectors import ProjectorSpecError, build_projector
+from llava_projectors.demo import train
+from llava_projectors.projectors.resampler import sine_positions
+
+
+def linear(w, name, x):
+    bias = w.get(f"{name}.bias")
+    return x @ w[f"{name}.weight"].T + (0 if bias is None else bias)
+
+
+def mlp(w, name, x):
+    hidden = linear(w, f"{name}.0", x)
+    return linear(w, f"{name}.2", hidden * torch.special.ndtr(hidden))
+
+
+def norm(w, name, x, eps=1e-6):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def pool(x, s):
+    """[B, H, W, C], region by region over the patches that are there."""
+    count = math.ceil(x.shape[1] / s)
+    rows = [
+        [x[:, i * s : i * s + s, j * s : j * s + s].flatten(1, 2).mean(1) for j in range(count)] for i in range(count)
+    ]
+    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
+def depthwise(w, name, x):
+    """A 3x3 convolution with a border of zeros, as nine shifted products."""
+    height, width = x.shape[1:3]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    kernel = w[f"{name}.weight"][:, 0]
+    shifted = [padded[:, i : i + height, j : j + width] * kernel[:, i, j] for i in range(3) for j in range(3)]
+    return sum(shifted) + w[f"{name}.bias"]
+
+
+def avg_pool(p, w, x):
+    return mlp(w, "mlp", pool(x, p.stride)).flatten(1, 2)
+
+
+def pixel_shuffle(p, w, x):
+    s, side = p.stride, x.shape[1]
+    count = math.ceil(side / s)
+    tokens = []
+    for i in range(count):
+        for j in range(count):
+            places = [(i * s + di, j * s + dj) for di in range(s) for dj in range(s)]
+            zero = torch.zeros_like(x[:, 0, 0])
+            tokens.append(torch.cat([x[:, r, c] if r < side and c < side else zero for r, c in places], -1))
+    return mlp(w, "mlp", norm(w, "norm", torch.stack(tokens, 1), 1e-5))
+
+
+def ldpv2(p, w, x):
+    x = pool(mlp(w, "mlp", x), p.stride)
+    return (x + depthwise(w, "position", x)).flatten(1, 2)
+
+
+def c_abstractor(p, w, x):
+    def blocks(name, x):
+        for i in range(len(getattr(p, name))):
+            at = f"{name}.{i}"
+            y = linear(w, f"{at}.expand", norm(w, f"{at}.norm", x))
+            y = depthwise(w, f"{at}.depthwise", y * y.sigmoid())
+            y = y * y.sigmoid()
+            squeezed = linear(w, f"{at}.squeeze", y.flatten(1, 2).mean(1))
+            gate = linear(w, f"{at}.excite", squeezed * squeezed.sigmoid()).sigmoid()
+            x = x + linear(w, f"{at}.contract", y * gate[:, None, None])
+        return x
+
+    x = blocks("after", pool(blocks("before", linear(w, "embed", x)), p.stride))
+    return mlp(w, "readout", x.flatten(1, 2))
+
+
+def resampler(p, w, x):
+    patches = norm(w, "norm_patches", linear(w, "embed", x.flatten(1, 2)))
+    queries = norm(w, "norm_queries", w["queries"]) + sine_positions(p.query_side, w["queries"])
+    names = ("to_query", "to_key", "to_value")
+    out, _ = F.multi_head_attention_forward(
+        queries[:, None].expand(-1, len(x), -1),
+        (patches + sine_positions(x.shape[1], patches)).transpose(0, 1),
+        patches.transpose(0, 1),
+        p.hidden_size, p.num_heads, None, torch.cat([w[f"{n}.bias"] for n in names]), None, None, False, 0.0,
+        w["merge.weight"], w["merge.bias"], use_separate_proj_weight=True,
+        q_proj_weight=w["to_query.weight"], k_proj_weight=w["to_key.weight"], v_proj_weight=w["to_value.weight"],
+    )  # fmt: skip
+    return linear(w, "readout", norm(w, "norm", out.transpose(0, 1)))
+
+
+REFERENCES = (avg_pool, pixel_shuffle, ldpv2, c_abstractor, resampler)
+BASELINES = [
+    *(f"{name}:stride={s}" for name in ("avg_pool", "pixel_shuffle", "ldpv2", "c_abstractor") for s in (2, 3, 4)),
+    "resampler:num_queries=16",
+    "avg_pool:layers=3+7",
+    "c_abstractor:depth=1,layers=2+5+7",
+]
+
+
+@pytest.mark.parametrize("type_string", BASELINES)
+@pytest.mark.parametrize("side", [12, 11], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, tolerance):
+    torch.manual_seed(0)
+    projector = randomise(build_projector(type_string, 16, 20)).to(dtype)
+    twin = copy.deepcopy(projector).double()
+    weights = dict(twin.named_parameters())
+    x = features_for(projector, side=side, dtype=dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    reference = next(function for function in REFERENCES if function.__name__ == projector.name)
+
+    out, expected = projector(x), reference(twin, weights, x64.unflatten(1, (side, side)))
+    assert out.shape == expected.shape
+    assert relative_error(out, expected) < tolerance
+    loss_weight = torch.randn(out.shape, dtype=torch.float64)
+    (out * loss_weight.to(dtype)).sum().backward()
+    (expected * loss_weight).sum().backward()
+    assert relative_error(x.grad, x64.grad) < tolerance * 3
+    names = [name for name in weights if name != "to_key.bias"]  # shifts all scores of a query alike: no gradient
+    ours = torch.cat([projector.get_parameter(name).grad.double().flatten() for name in names])
+    assert relative_error(ours, torch.cat([weights[name].grad.flatten() for name in names])) < tolerance * 3
+
+
+def test_the_resamplers_queries_know_where_they_are():
+    """Positions of queries and patches agree: a query's is nearest to those of the patches under it."""
+    like = torch.zeros(1, 64)
+    queries, patches = sine_positions(4, like), sine_positions(12, like)
+    nearest = torch.cdist(queries, patches).argmin(-1)
+    assert nearest.tolist() == [(3 * i + 1) * 12 + 3 * j + 1 for i in range(4) for j in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("type_string", "message"),
+    [
+        ("resampler:num_queries=100000000001", "num_queries=100000000001 must be a square"),
+        ("resampler:num_queries=0", "num_queries=0 must be a square number, such as 64 or 144"),
+        ("c_abstractor:depth=0", "depth=0 must be at least 1"),
+        ("avg_pool:stride=5", "bad value '5'"),
+    ],
+)
+def test_bad_options_are_explained(type_string, message):
+    with pytest.raises(ProjectorSpecError, match=message):
+        build_projector(type_string)
+
+
+@pytest.mark.parametrize(
+    ("type_string", "tokens"),
+    [
+        ("avg_pool", 144),
+        ("pixel_shuffle", 144),
+        ("ldpv2", 144),
+        ("c_abstractor", 144),
+        ("resampler:num_queries=64", 64),
+    ],
+)
+def test_through_llavas_own_scripts(tiny, can_train, type_string, tokens):
+    """Both stages in a subprocess, then LLaVA's own loader: the very weights, and the tokens the type promises."""
+    from llava.model.builder import load_pretrained_model
+
+    name = type_string.partition(":")[0]
+    adapter, output = tiny.pretrain(f"{name}-pretrain", type_string)
+    assert f"{type_string}: 576 -> {tokens} visual tokens an image" in output
+    checkpoint, _ = tiny.finetune(name, type_string, adapter / "mm_projector.bin")
+    for folder in (adapter, checkpoint):
+        assert all(0 < value < 20 for value in train.losses(folder))
+    _, model, _, _ = load_pretrained_model(str(checkpoint), None, "llava", device="cpu", device_map="cpu")
+    projector = model.get_model().mm_projector.state_dict()
+    saved = load_file(checkpoint / "model.safetensors")
+    assert len(projector) == sum("mm_projector" in key for key in saved)
+    assert all(torch.equal(value, saved[f"model.mm_projector.{key}"].half()) for key, value in projector.items())
+    assert model.get_vision_tower().num_patches == tokens
