@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRANSFORMERS ?= 4.40.2
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower early_exit llava_model llava_training load_guard))
 
+# For bench: cpu takes about half an hour on two cores, cuda under ten minutes.
+DEVICE ?= cpu
+
 .PHONY: demo test test-transformers run-on-transformers lint bench clean
 
 demo: $(STAMP)
@@ -31,6 +34,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/llava-projectors bench --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
+	$(BIN)/llava-projectors plot benchmarks/results/$(DEVICE).csv
 
 # deepspeed's setup imports torch, so it is built without isolation once torch is there. LLaVA goes
 # in without its dependencies: its own pins contradict a current torch.

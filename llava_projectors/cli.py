@@ -62,7 +62,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         help="time and memory of projectors, tower and whole models, against LLaVA's own and the FLOP bound",
         description="Interleaves the candidates in one run, writes one CSV with machine and versions, prints a table "
         "of each suite and the project's bars. Models have random weights; nothing is downloaded. On a CPU a full run "
-        "takes about half an hour on 2 cores (an LLM of 0.3 B); on CUDA under ten minutes (the 7B shape, 80 GiB). "
+        "takes about half an hour on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten minutes (the shape "
+        "of LLaVA-7B, whose full training step wants some 90 GiB; what does not fit is left out and named). "
         "Needs LLaVA and the extra llava-projectors[bench].",
     )
     bench.add_argument(

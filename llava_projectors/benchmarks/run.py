@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from llava_projectors.benchmarks import (
     measure,  # before torch: it quiets the profiler
 )
 from llava_projectors.benchmarks.report import print_report
-from llava_projectors.benchmarks.suites import PLANS, SUITES, Group
+from llava_projectors.benchmarks.suites import PLANS, SUITES, Group, Plan
 
 YARDSTICK = "matrix product"
 
@@ -42,20 +43,33 @@ def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) 
     plan = PLANS[plan_name]
     facts = {"plan": plan_name, **measure.machine(device)}
     rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with _silent_models():
         for suite in suites:
-            progress = tqdm(SUITES[suite](plan, device), desc=suite, unit=" group")
-            for group in progress:
-                progress.set_postfix_str(
-                    f"{group.measure}, {_dtype(group)}, batch {group.batch}, images {group.images}"
-                )
-                rows += [{**row, **facts} for row in measure_group(group, device, plan.seconds)]
-                _write(path, rows)  # after every group, so that an interrupted run keeps what it has
+            try:
+                for row in measure_suite(suite, plan, device):
+                    rows.append({**row, **facts})
+                    _write(path, rows)  # after every row, so that an interrupted run keeps what it has
+            except torch.cuda.OutOfMemoryError as error:
+                left_out.append(f"the rest of suite {suite}: {str(error).splitlines()[0]}")
             gc.collect()
+    if not rows:
+        print(*left_out, sep="\n", file=sys.stderr)
+        return 1
     print_report(rows)
+    for what in left_out:
+        print(f"LEFT OUT, {what}")
     print(f"\nWritten to {path}; draw it with: llava-projectors plot {path}")
     return 0
+
+
+def measure_suite(suite: str, plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows of every group, with progress on stderr."""
+    progress = tqdm(SUITES[suite](plan, device), desc=suite, unit=" group")
+    for group in progress:
+        progress.set_postfix_str(f"{group.measure}, {_dtype(group)}, batch {group.batch}, images {group.images}")
+        yield from measure_group(group, device, plan.seconds)
 
 
 def measure_group(group: Group, device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
