@@ -19,6 +19,7 @@ STRIDES = {"saep": "saep:stride={}", "tokenpacker": "tokenpacker:scale_factor={}
 OURS = [pattern.format(s) for pattern in STRIDES.values() for s in (2, 3, 4)]
 BASELINES = ["avg_pool", "pixel_shuffle:stride=3", "ldpv2", "c_abstractor:stride=4"]
 ALL_TYPES = OURS + BASELINES
+MANY_HEADS = " with 8 heads"
 RESAMPLER = "resampler:num_queries=16"  # no stride, so it is named where a test does not ask for one
 # The LLM's own linear layers, by the names LoRA looks for in Llama, Mistral and MPT.
 LLM_LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "Wqkv")
@@ -162,13 +163,21 @@ SAEP_VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("type_string", OURS + SAEP_VARIANTS)
+def build_small(type_string):
+    """A narrow projector; MANY_HEADS has more heads than patches in a region, as TokenPacker has on CLIP-L."""
+    projector = build_projector(type_string.removesuffix(MANY_HEADS), 32, 40)
+    if type_string.endswith(MANY_HEADS):
+        projector.clip_attn.num_heads = 8
+    return projector
+
+
+@pytest.mark.parametrize("type_string", [*OURS, *SAEP_VARIANTS, "tokenpacker" + MANY_HEADS])
 @pytest.mark.parametrize("side", [12, 13, 11], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, tolerance):
     """Also on grids that no stride divides, where the border regions hold fewer patches."""
     torch.manual_seed(0)
-    projector = randomise(build_projector(type_string, 32, 40)).to(dtype)
+    projector = randomise(build_small(type_string)).to(dtype)
     reference = copy.deepcopy(projector).double()
     x = features_for(projector, side=side, dtype=dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -267,12 +276,12 @@ def test_downsampling_is_bilinear_interpolation(stride, dtype):
     torch.testing.assert_close(actual, expected.permute(0, 2, 3, 1).to(dtype))
 
 
-@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER, "tokenpacker" + MANY_HEADS])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(type_string, parameter_dtype):
     """LLaVA's bf16 runs without DeepSpeed use autocast, over weights of either dtype."""
     torch.manual_seed(0)
-    projector = build_projector(type_string, 32, 16).to(parameter_dtype)
+    projector = build_small(type_string).to(parameter_dtype)
     x = features_for(projector)
     with torch.autocast("cpu", torch.bfloat16):
         out = projector(x)

@@ -69,7 +69,7 @@ PLANS = {
         scaling=(1, 2),
     ),
     "cpu": Plan(
-        seconds=3,
+        seconds=2,
         dtypes=(torch.float32, torch.bfloat16),
         batches=(1, 8, 32),
         tower=models.CLIP_LARGE,
