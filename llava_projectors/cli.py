@@ -82,6 +82,22 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     plot.add_argument("--output", type=Path, help="picture to write (default: beside the CSV, .png)")
     plot.set_defaults(run=run_plot)
 
+    show = commands.add_parser(
+        "show",
+        help="draw over a picture what each visual token was made from",
+        description="Writes a PNG: the picture with its patch grid and, for six visual tokens or those of --token, the "
+        "patches that went into them: TokenPacker's attention weights, the effective receptive field of other types. "
+        "Needs the extra llava-projectors[bench]; with --model-path also LLaVA.",
+    )
+    show.add_argument("image", type=Path, metavar="IMAGE", help="picture, cropped to its central square")
+    weights_of = show.add_mutually_exclusive_group()
+    weights_of.add_argument("--type", help="a type string, with random weights (saep)")
+    weights_of.add_argument("--model-path", help="a LLaVA checkpoint with one of our projectors, trained")
+    show.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    show.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
+    show.add_argument("--output", type=Path, default=Path("tokens.png"), help="picture to write (%(default)s)")
+    show.set_defaults(run=run_show)
+
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
 
@@ -210,6 +226,29 @@ def run_plot(arguments: argparse.Namespace) -> int:
         print("remedy: run `llava-projectors bench --quick`, then draw the CSV it names", file=sys.stderr)
         return 1
     print(f"Drawn to {target}")
+    return 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """Draw the maps of visual tokens; status 1 with the reason when they cannot be."""
+    try:
+        from llava_projectors.viz import show
+
+        title = show(
+            arguments.image,
+            arguments.output,
+            arguments.type,
+            arguments.model_path,
+            arguments.model_base,
+            arguments.token,
+        )
+    except ImportError as error:
+        return lacks_package("the picture", "bench", error)
+    except (OSError, ValueError) as error:
+        print(f"cannot show {arguments.image}: {error}", file=sys.stderr)
+        return 1
+    print(title)
+    print(f"Drawn to {arguments.output}")
     return 0
 
 
