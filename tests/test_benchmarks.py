@@ -39,7 +39,7 @@ def depthwise_gradients(type_string, patches_a_side, channels):
     "type_string", [models.STOCK, *suites.REDUCING, *suites.NAIVE, "saep:order=depthwise_first", "saep:inner_size=40"]
 )
 def test_projector_flops_are_those_of_torchs_counter(type_string, batch):
-    projector = suites._make_projector(type_string, WIDTH, HIDDEN)
+    projector = suites.make_projector(type_string, WIDTH, HIDDEN)
     levels = 1 if type_string == models.STOCK else 4
     work = flops.projector(type_string, SIDE, WIDTH, HIDDEN) * batch
     features = torch.randn(batch, SIDE**2, levels * WIDTH)
@@ -92,7 +92,7 @@ def test_training_keeps_less_than_the_naive_reference():
     features = torch.randn(8, 24**2, 4 * WIDTH)
     peaks = {}
     for name in ("tokenpacker:scale_factor=2", "naive tokenpacker:scale_factor=2"):
-        _, accumulate = suites._forward_backward(suites._make_projector(name, WIDTH, 4 * WIDTH), features)
+        _, accumulate = suites.forward_backward(suites.make_projector(name, WIDTH, 4 * WIDTH), features)
         accumulate()
         peaks[name] = measure.peak_bytes(accumulate, CPU)
     ours, naive = peaks.values()

@@ -9,7 +9,6 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only, and noth
 
 from llava_projectors import build_projector
 from llava_projectors.projectors import kernels, tokenpacker
-from llava_projectors.projectors.base import region_mask
 from llava_projectors.projectors.kernels.region_attention import FusedAttend
 
 
@@ -25,8 +24,7 @@ def test_values_and_gradients_are_those_of_the_plain_code(stride, height, width,
     shapes = [(regions, heads, 3), grid, grid, projection, projection]
     inputs = [(torch.randn(shape, generator=generator, dtype=torch.float64) / 2).to(dtype) for shape in shapes]
     loss_weight = torch.randn(regions, heads, 3, generator=generator, dtype=torch.float64)
-    mask = region_mask(inputs[1], stride)
-    patches = None if mask is None else mask.transpose(2, 3).reshape(-1, 1, stride * stride)
+    patches = tokenpacker.region_patches(inputs[1], stride)
 
     def run(attend, tensors):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -62,6 +60,6 @@ def test_the_benchmark_switches_it_on_for_its_own_candidate(monkeypatch):
 
     switched = []
     monkeypatch.setattr(kernels, "are_wanted", lambda _: switched.append(os.environ.get(kernels.VARIABLE)) or False)
-    suites._make_projector(suites.TRITON[0], 32, 16)(torch.randn(1, 36, 128))
-    suites._make_projector(suites.REDUCING[-1], 32, 16)(torch.randn(1, 36, 128))
+    suites.make_projector(suites.TRITON[0], 32, 16)(torch.randn(1, 36, 128))
+    suites.make_projector(suites.REDUCING[-1], 32, 16)(torch.randn(1, 36, 128))
     assert switched == ["1", "0"]

@@ -63,7 +63,7 @@ def test_mixed_precision_training_is_finite_on_outliers(projector_type, dtype):
 def test_compiles_as_one_graph(projector_type, heads):
     torch.manual_seed(0)
     projector = build_projector(projector_type, 32, 16)
-    if heads:  # TokenPacker's attention goes another way where there are more heads than patches in a region
+    if heads:
         projector.clip_attn.num_heads = heads
     compiled = torch.compile(copy.deepcopy(projector), fullgraph=True)
     x = torch.randn(2, 144, 128, requires_grad=True)

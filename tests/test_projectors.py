@@ -164,7 +164,7 @@ SAEP_VARIANTS = [
 
 
 def build_small(type_string):
-    """A narrow projector; MANY_HEADS has more heads than patches in a region, as TokenPacker has on CLIP-L."""
+    """A narrow projector, or with MANY_HEADS one with as many heads as TokenPacker has on CLIP-L."""
     projector = build_projector(type_string.removesuffix(MANY_HEADS), 32, 40)
     if type_string.endswith(MANY_HEADS):
         projector.clip_attn.num_heads = 8

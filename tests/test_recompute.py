@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llava_projectors.projectors.base import TwoLayerMLP
-from llava_projectors.projectors.recompute import recomputed
+from llava_projectors.projectors.recompute import recomputed, remember
 
 
 def gradients(module, x, autocast):
@@ -29,18 +29,20 @@ def test_the_same_gradients_as_a_plain_sequential(dtype, autocast):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_what_is_listed_is_not_kept(listed):
+@pytest.mark.parametrize("noted", [False, True])
+def test_what_is_noted_is_not_kept(noted):
     hidden = torch.randn(4, 8, requires_grad=True)
     activate, mix = nn.GELU(), nn.Linear(8, 8)
-    activated = activate(hidden)
-    with recomputed(*[(activated, activate, hidden)] * listed):
+    activated, made = remember(activate, hidden)
+    with recomputed(made if noted else []):
         out = mix(activated)
     saved = out.grad_fn._saved_mat1
     assert torch.equal(saved, activated)
-    assert (saved.data_ptr() == activated.data_ptr()) is not listed
+    assert (saved.data_ptr() == activated.data_ptr()) is not noted
 
 
-def test_nothing_happens_without_gradients():
-    with torch.no_grad(), recomputed((torch.ones(1), nn.GELU(), torch.ones(1))) as context:
-        assert context is None
+def test_nothing_is_held_without_gradients():
+    hidden = torch.randn(4, 8)
+    with torch.no_grad():
+        _, made = remember(nn.GELU(), hidden)
+    assert made == []

@@ -70,11 +70,9 @@ def saep(model: SAEP, patches_a_side: int) -> Flops:
 
 
 def tokenpacker(model: TokenPacker, patches_a_side: int) -> Flops:
-    """One image of a frozen tower; where regions are projected, some is made again for the gradient."""
+    """One image of a frozen tower; some is made again for the gradient."""
     width, tokens, region = model.mm_hidden_size, _tokens(model, patches_a_side), model.stride**2
     heads = model.clip_attn.num_heads
-    if region < heads:
-        return naive_tokenpacker(model, patches_a_side)
     attention = linear(tokens, width, width) * 2 + product(tokens * heads, width, region) * 2
     made_again = Flops(0, linear(tokens, width, width).forward + product(tokens * heads, width, region).forward)
     return _around_attention(model, patches_a_side) + attention + made_again

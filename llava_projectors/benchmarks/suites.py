@@ -69,7 +69,7 @@ PLANS = {
         scaling=(1, 2),
     ),
     "cpu": Plan(
-        seconds=2,
+        seconds=0.7,
         dtypes=(torch.float32, torch.bfloat16),
         batches=(1, 8, 32),
         tower=models.CLIP_LARGE,
@@ -131,7 +131,7 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     for dtype in plan.dtypes:
         has_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         names = (STOCK, *REDUCING, *NAIVE, *(TRITON if has_kernels else ()))
-        projectors = {name: _make_projector(name, width, hidden).to(device, dtype) for name in names}
+        projectors = {name: make_projector(name, width, hidden).to(device, dtype) for name in names}
         for batch in plan.batches:
             features = torch.randn(batch, PATCHES_A_SIDE**2, 4 * width, device=device).to(dtype)
             for measure in ("forward", "forward+backward"):
@@ -142,9 +142,9 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
                     x = features[..., -width:].contiguous() if name == STOCK else features
                     tokens = _visual_tokens(name)
                     if measure == "forward":
-                        candidates[name] = Candidate(_without_grad(projector, x), batch * work.forward, tokens)
+                        candidates[name] = Candidate(without_grad(projector, x), batch * work.forward, tokens)
                     else:
-                        run, accumulate = _forward_backward(projector, x)
+                        run, accumulate = forward_backward(projector, x)
                         candidates[name] = Candidate(run, batch * work.both, tokens, memory=accumulate)
                 yield Group("projector", measure, dtype, batch, candidates)
 
@@ -161,7 +161,7 @@ def tower_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
             for name, tower in towers.items():
                 layers = shape.layers if name == STOCK else shape.selected
                 candidates[name] = Candidate(
-                    _without_grad(tower, images), batch * _tower_flops(shape, layers), _visual_tokens(name)
+                    without_grad(tower, images), batch * _tower_flops(shape, layers), _visual_tokens(name)
                 )
             yield Group("tower", "forward", dtype, batch, candidates)
 
@@ -201,7 +201,7 @@ def prefill_group(suite: str, family: models.Family, llavas: dict[str, Any], bat
     for name, llava in llavas.items():
         work = _sequence_flops(family, name, images, train_llm=False)
         candidates[name] = Candidate(
-            _without_grad(llava, **inputs, use_cache=True), batch * work.forward, _visual_tokens(name)
+            without_grad(llava, **inputs, use_cache=True), batch * work.forward, _visual_tokens(name)
         )
     return Group(suite, "prefill", family.dtype, batch, candidates, images)
 
@@ -265,11 +265,12 @@ class _WithKernels(nn.Module):
             os.environ[kernels.VARIABLE] = before
 
 
-def _make_projector(name: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
+def make_projector(name: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
+    """A projector by its name in the tables: `mlp2x_gelu`, a type string, or one after `NAIVE` or `TRITON`."""
     if name == STOCK:
         return nn.Sequential(nn.Linear(mm_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
     if name.startswith(flops.TRITON):
-        return _WithKernels(_make_projector(flops.bare(name), mm_hidden_size, hidden_size))
+        return _WithKernels(make_projector(flops.bare(name), mm_hidden_size, hidden_size))
     if name.startswith(flops.NAIVE):
         scale_factor = registry.resolve(name[len(flops.NAIVE) :]).options["scale_factor"]
         return NaiveTokenPacker(mm_hidden_size, hidden_size, scale_factor)
@@ -281,7 +282,7 @@ def _visual_tokens(name: str) -> int:
     return side**2
 
 
-def _forward_backward(projector: nn.Module, features: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def forward_backward(projector: nn.Module, features: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     """A pass as in training, and one that adds to gradients that are there, so that theirs is no part of its memory."""
     with torch.no_grad():
         gradient = torch.ones_like(projector(features))
@@ -296,7 +297,9 @@ def _forward_backward(projector: nn.Module, features: torch.Tensor) -> tuple[Cal
     return run, accumulate
 
 
-def _without_grad(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], None]:
+def without_grad(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], None]:
+    """The call, to be made later, as in inference."""
+
     def run() -> None:
         with torch.no_grad():
             function(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.recompute import recomputed
+from llava_projectors.projectors.recompute import recomputed, remember
 
 # The first two parameters of a projector are positional and come from LLaVA's config;
 # its options are keyword-only. See `llava_projectors.spec.declared_options`.
@@ -158,9 +158,8 @@ class TwoLayerMLP(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         expand, activate, mix = self
-        hidden = expand(x)
-        activated = activate(hidden)
-        with recomputed((activated, activate, hidden)):
+        activated, made = remember(activate, expand(x))
+        with recomputed(made):
             return mix(activated)
 
 

@@ -9,24 +9,35 @@ ZeRO-3 may hold their weights elsewhere and a quantised layer may stand in for a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+Made = tuple[torch.Tensor, nn.Module, torch.Tensor]  # output, module, input
 
-def recomputed(*made: tuple[torch.Tensor, nn.Module, torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Within it, a tensor saved for the backward pass is dropped if it is one of those listed.
+
+def remember(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[Made]]:
+    """module(x), and a note for `recomputed`; no note, so that x can go, where there will be no backward pass."""
+    output = module(x)
+    if not torch.is_grad_enabled() or is_compiling():  # a compiler decides for itself what to keep
+        return output, []
+    return output, [(output, module, x.detach())]
+
+
+def recomputed(made: Sequence[Made]) -> contextlib.AbstractContextManager[Any]:
+    """Within it, a tensor saved for the backward pass is dropped if it is one of those noted.
 
     Once differentiable: a second derivative does not flow through what was made again.
 
     Args:
-        made: (output, module, input) with output = module(input). The caller holds each output
-            until the context ends, so that its address is not another tensor's.
+        made: notes of `remember`. The caller holds them until the context ends, so that the
+            address of an output is not another tensor's; nothing here may hold an output longer.
     """
-    if not torch.is_grad_enabled() or is_compiling():  # a compiler decides for itself what to keep
+    if not made:
         return contextlib.nullcontext()
-    inputs = {output.data_ptr(): (output.numel(), module, input.detach()) for output, module, input in made}
+    inputs = {output.data_ptr(): (output.numel(), module, x) for output, module, x in made}
 
     def pack(tensor: torch.Tensor) -> Any:
         numel, module, kept = inputs.get(tensor.data_ptr(), (0, None, None))

@@ -18,7 +18,7 @@ from llava_projectors.projectors.base import (
     region_mask,
     to_regions,
 )
-from llava_projectors.projectors.recompute import is_compiling, recomputed
+from llava_projectors.projectors.recompute import is_compiling, recomputed, remember
 
 
 class TokenPacker(Projector):
@@ -74,14 +74,43 @@ class TokenPacker(Projector):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, ceil(H / scale_factor)**2, D], in the dtype of the weights."""
         grid = self.to_grid(features)
-        s = self.stride
-        coarse = downsample_bilinear(grid[..., -self.mm_hidden_size :], s)
-        query = self.ln_q_1(self.q_proj_1(coarse))
-        k, v = self.k_proj_1(grid), self.v_proj_1(grid)
-        key, value = self.ln_k_1(k), self.ln_v_1(v)
-        with recomputed((key, self.ln_k_1, k), (value, self.ln_v_1, v)):
-            out = self.clip_attn(query, key, value, s)
+        query = self.point_queries(grid)
+        key, key_made = remember(self.ln_k_1, self.k_proj_1(grid))
+        value, value_made = remember(self.ln_v_1, self.v_proj_1(grid))
+        with recomputed(key_made + value_made):
+            out = self.clip_attn(query, key, value, self.stride)
         return self.mlp(out.flatten(1, 2))
+
+    def point_queries(self, grid: torch.Tensor) -> torch.Tensor:
+        """One a region, from the selected hidden state: [B, H, W, L*C] -> [B, h, w, E]."""
+        return self.ln_q_1(self.q_proj_1(downsample_bilinear(grid[..., -self.mm_hidden_size :], self.stride)))
+
+    @torch.no_grad()
+    def region_weights(self, features: torch.Tensor) -> torch.Tensor:
+        """What each token is made from, for looking at: the attention weights, the mean over heads.
+
+        Not under ZeRO-3, where a forward alone may touch weights.
+
+        Args:
+            features: [B, H*H, L*C].
+
+        Returns:
+            [B, M, H, W], zero outside a token's region, each token's weights of sum 1.
+        """
+        grid = self.to_grid(features)
+        query, key = self.point_queries(grid), self.ln_k_1(self.k_proj_1(grid))
+        attention, s = self.clip_attn, self.stride
+        q_weight, k_weight, _ = attention.in_proj_weight.chunk(3)
+        heads = (attention.num_heads, -1)
+        q = F.linear(query, q_weight, attention.in_proj_bias.chunk(3)[0]).unflatten(-1, heads).flatten(0, 2)
+        scores = _score(q * q.shape[-1] ** -0.5, key, k_weight.unflatten(0, heads), s)
+        weights = _region_softmax(scores, region_patches(grid, s)).mean(1).unflatten(0, query.shape[:3])
+        batch, rows, columns = query.shape[:3]
+        placed = weights.new_zeros(batch, rows, columns, rows, s, columns, s)
+        for row in range(rows):
+            for column in range(columns):
+                placed[:, row, column, row, :, column] = weights[:, row, column].unflatten(-1, (s, s))
+        return placed.flatten(5, 6).flatten(3, 4).flatten(1, 2)[..., : grid.shape[1], : grid.shape[2]]
 
 
 class RegionAttention(nn.Module):
@@ -102,56 +131,17 @@ class RegionAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stride: int) -> torch.Tensor:
         """query [B, h, w, E], key and value [B, H, W, E] -> [B, h, w, E], with h = ceil(H / stride)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q = F.linear(query, weights[0], biases[0])
-        mask = region_mask(key, stride)
-        patches = None if mask is None else mask.transpose(2, 3).reshape(-1, 1, stride * stride)  # [h*w, 1, s*s]
-        attend = self.project_patches if stride * stride < self.num_heads else self.project_regions
-        return self.out_proj(attend(q, key, value, weights, biases, patches, stride))
-
-    def project_patches(
-        self,
-        q: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        weights: tuple[torch.Tensor, ...],
-        biases: tuple[torch.Tensor, ...],
-        patches: Optional[torch.Tensor],
-        stride: int,
-    ) -> torch.Tensor:
-        """The usual order, for regions of fewer patches than there are heads: [B, h, w, E] -> the same."""
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, _, v_bias = self.in_proj_bias.chunk(3)  # the keys' bias falls out of the softmax
         heads = (self.num_heads, -1)
-        k, v = (
-            _flatten_regions(F.linear(x, weight, bias), stride).unflatten(-1, heads).transpose(1, 2)
-            for x, weight, bias in zip((key, value), weights[1:], biases[1:])
-        )
-        mask = None if patches is None else patches.unsqueeze(1).repeat(q.shape[0], 1, 1, 1)
-        q_heads = q.flatten(0, 2).unflatten(-1, heads).unsqueeze(2)  # [B*h*w, n, 1, d]
-        return F.scaled_dot_product_attention(q_heads, k, v, attn_mask=mask).reshape(q.shape)
-
-    def project_regions(
-        self,
-        q: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        weights: tuple[torch.Tensor, ...],
-        biases: tuple[torch.Tensor, ...],
-        patches: Optional[torch.Tensor],
-        stride: int,
-    ) -> torch.Tensor:
-        """Each projection once a region instead of once a patch, at the price of n*E numbers a region.
-
-        That is less work at every stride, and less memory traffic from s*s = n on: at stride 2
-        and 8 heads, bfloat16 on a CPU took 1.1 times as long as `project_patches`.
-        """
-        heads = (self.num_heads, -1)
+        q = F.linear(query, q_weight, q_bias).unflatten(-1, heads).flatten(0, 2)
         # Autocast has chosen the dtype of q; it would not reach the backward pass of what follows.
         key, value = key.to(q.dtype), value.to(q.dtype)
-        k_weight, v_weight = (weight.unflatten(0, heads).to(q.dtype) for weight in weights[1:])
-        scaled = q.flatten(0, 2).unflatten(-1, heads) * (q.shape[-1] // self.num_heads) ** -0.5
+        k_weight, v_weight = (weight.unflatten(0, heads).to(q.dtype) for weight in (k_weight, v_weight))
         attend = _fused() if kernels.are_wanted(q) else _attend
-        out, _ = attend(scaled, key, value, k_weight, v_weight, patches, stride)
-        return out.reshape(q.shape) + biases[2]  # the keys' bias falls out of the softmax
+        patches = region_patches(key, stride)
+        out, _ = attend(q * q.shape[-1] ** -0.5, key, value, k_weight, v_weight, patches, stride)
+        return self.out_proj(out.reshape(query.shape) + v_bias)
 
 
 def _attend(
@@ -180,11 +170,21 @@ def _attend(
         The attended values [B*h*w, n, d] and the attention weights [B*h*w, n, s*s].
     """
     score, mix = (_score, _mix) if is_compiling() else (_Score.apply, _Mix.apply)
-    scores = score(q, key, k_weight, stride)
+    weights = _region_softmax(score(q, key, k_weight, stride), patches)
+    return mix(weights, value, v_weight, stride), weights
+
+
+def region_patches(grid: torch.Tensor, stride: int) -> Optional[torch.Tensor]:
+    """Which positions of a region are patches: bool [h*w, 1, s*s] for a grid [B, H, W, C], or None for all."""
+    mask = region_mask(grid, stride)
+    return None if mask is None else mask.transpose(2, 3).reshape(-1, 1, stride * stride)
+
+
+def _region_softmax(scores: torch.Tensor, patches: Optional[torch.Tensor]) -> torch.Tensor:
+    """Over the patches of each region, [B*h*w, n, s*s]."""
     if patches is not None:
         scores = scores.unflatten(0, (-1, len(patches))).masked_fill(~patches, float("-inf")).flatten(0, 1)
-    weights = scores.softmax(-1)
-    return mix(weights, value, v_weight, stride), weights
+    return scores.softmax(-1)
 
 
 def _fused() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -284,9 +284,12 @@ def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
             grid = grid.index_select(dim, index)
     regions = to_regions(grid, stride)
     centre = slice((stride - 1) // 2, stride // 2 + 1)
-    centre_patches = regions[:, :, centre, :, centre]
-    summed_in = torch.promote_types(grid.dtype, torch.float32)
-    return centre_patches.mean((2, 4), dtype=summed_in).to(grid.dtype)
+    columns = regions[:, :, centre, :, centre].unbind(4)
+    patches = [patch for column in columns for patch in column.unbind(2)]
+    total = patches[0].to(torch.promote_types(grid.dtype, torch.float32))
+    for patch in patches[1:]:
+        total = total + patch
+    return (total / len(patches)).to(grid.dtype)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,0 +1,138 @@
+"""TokenPacker in the ways that were tried, beside one another: what was kept, what was dropped, and by how much.
+
+    python benchmarks/variants.py [--device cpu] [--csv benchmarks/results/variants-cpu.csv]
+
+patches   keys and values projected patch by patch, then torch's fused attention over the regions
+regions   keys and values projected once a region, around the softmax: what was kept
+products  keys and values projected patch by patch, elementwise products of views, no copy of a region
+shared    as patches, and the first layers of keys and values as one matrix product
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llava_projectors.benchmarks import measure
+from llava_projectors.benchmarks.suites import forward_backward, without_grad
+from llava_projectors.projectors.base import to_regions
+from llava_projectors.projectors.tokenpacker import RegionAttention, TokenPacker, downsample_bilinear
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = ("patches", "regions", "products", "shared")
+
+
+class Patches(RegionAttention):
+    """Every key and value is projected; torch's fused attention over copies of the regions."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stride: int) -> torch.Tensor:
+        """For grids that the stride divides."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        heads = (self.num_heads, -1)
+        q = F.linear(query, weights[0], biases[0]).unflatten(-1, heads)  # [B, h, w, n, d]
+        k, v = (
+            to_regions(F.linear(x, weight, bias), stride).unflatten(-1, heads)  # [B, h, s, w, s, n, d]
+            for x, weight, bias in zip((key, value), weights[1:], biases[1:])
+        )
+        return self.out_proj(self.attend(q, k, v).reshape(query.shape))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[B*h*w, n, 1, d]"""
+        k, v = (x.transpose(2, 3).flatten(3, 4).flatten(0, 2).transpose(1, 2) for x in (k, v))
+        return F.scaled_dot_product_attention(q.flatten(0, 2).unsqueeze(2), k, v)
+
+
+class Products(Patches):
+    """Scores and sums as products of views."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, n, d]"""
+        stride = k.shape[2]
+        scaled = q[:, :, None, :, None] * q.shape[-1] ** -0.5
+        scores = (k * scaled).sum(-1).transpose(2, 3).flatten(3, 4).softmax(3)
+        weight = scores.unflatten(3, (stride, stride)).transpose(2, 3).unsqueeze(-1)
+        return (v * weight).sum((2, 4))
+
+
+class Shared(TokenPacker):
+    """One matrix product for both first layers; it reads their weights, which a quantised model has not got."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """As TokenPacker."""
+        grid = self.to_grid(features)
+        query = self.ln_q_1(self.q_proj_1(downsample_bilinear(grid[..., -self.mm_hidden_size :], self.stride)))
+        (k_in, activate, k_out), (v_in, _, v_out) = self.k_proj_1, self.v_proj_1
+        weight, bias = (torch.cat([getattr(k_in, name), getattr(v_in, name)]) for name in ("weight", "bias"))
+        k, v = activate(F.linear(grid, weight, bias)).chunk(2, -1)
+        out = self.clip_attn(query, self.ln_k_1(k_out(k)), self.ln_v_1(v_out(v)), self.stride)
+        return self.mlp(out.flatten(1, 2))
+
+
+def make(variant: str, scale_factor: Any) -> TokenPacker:
+    """A TokenPacker at the sizes of CLIP-L and a 7B LLM."""
+    model = (Shared if variant == "shared" else TokenPacker)(1024, 4096, scale_factor=scale_factor)
+    attention: Any = model.clip_attn
+    attention.__class__ = {"regions": RegionAttention, "products": Products}.get(variant, Patches)
+    return model
+
+
+def compare(models: dict[str, TokenPacker], features: torch.Tensor, name: str) -> list[dict[str, Any]]:
+    """One row for each variant, from one interleaved run."""
+    functions = {
+        variant: without_grad(model, features) if name == "forward" else forward_backward(model, features)[0]
+        for variant, model in models.items()
+    }
+    seconds = measure.interleave(functions, features.device, 1.5)
+    rows = []
+    for variant in VARIANTS:
+        low, middle, high = measure.quartiles([a / b for a, b in zip(seconds[variant], seconds["patches"])])
+        rows.append(
+            {
+                "measure": name,
+                "variant": variant,
+                "rounds": len(seconds[variant]),
+                "median_s": f"{statistics.median(seconds[variant]):.5g}",
+                "ratio_to_patches": f"{middle:.3f}",
+                "ratio_q1": f"{low:.3f}",
+                "ratio_q3": f"{high:.3f}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Parse the command line, measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--csv", type=Path, help="default: benchmarks/results/variants-DEVICE.csv")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    path = arguments.csv or ROOT / "benchmarks" / "results" / f"variants-{device.type}.csv"
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for scale_factor in (2, 3, 4):
+            models = {variant: make(variant, scale_factor).to(device, dtype) for variant in VARIANTS}
+            for batch in (1, 8):
+                features = torch.randn(batch, 576, 4096, device=device).to(dtype)
+                facts = {"scale_factor": scale_factor, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+                for name in ("forward", "forward+backward"):
+                    found = compare(models, features, name)
+                    rows += [{**facts, **row, **measure.machine(device)} for row in found]
+                    ratios = (f"{row['variant']} {row['ratio_to_patches']}" for row in found)
+                    print(*facts.values(), name, *ratios, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"Written to {path}")
+
+
+if __name__ == "__main__":
+    main()
