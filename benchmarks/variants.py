@@ -11,7 +11,6 @@ shared    as patches, and the first layers of keys and values as one matrix prod
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_projectors.benchmarks import measure
+from llava_projectors.benchmarks.report import write_rows
 from llava_projectors.benchmarks.suites import forward_backward, without_grad
 from llava_projectors.projectors.base import to_regions
 from llava_projectors.projectors.tokenpacker import RegionAttention, TokenPacker, downsample_bilinear
@@ -126,11 +126,7 @@ def main() -> None:
                     rows += [{**facts, **row, **measure.machine(device)} for row in found]
                     ratios = (f"{row['variant']} {row['ratio_to_patches']}" for row in found)
                     print(*facts.values(), name, *ratios, flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, rows)
     print(f"Written to {path}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llava_projectors import registry
+from llava_projectors.benchmarks.models import STOCK
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.saep import SAEP
 from llava_projectors.projectors.tokenpacker import TokenPacker
@@ -114,7 +115,7 @@ def projector(type_string: str, patches_a_side: int, mm_hidden_size: int, hidden
     Raises:
         KeyError: there is no written model for the type.
     """
-    if type_string == "mlp2x_gelu":
+    if type_string == STOCK:
         return mlp2x_gelu(patches_a_side, mm_hidden_size, hidden_size)
     with torch.device("meta"):
         model: Any = registry.build_projector(bare(type_string), mm_hidden_size, hidden_size)

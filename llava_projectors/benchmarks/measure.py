@@ -96,6 +96,12 @@ def matrix_rate_function(device: torch.device, dtype: torch.dtype) -> tuple[Func
     return lambda: a @ b, 2 * rows * width * width
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
+    """FLOPs a second of a small matrix product: enough to see whether the device has instructions for the dtype."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(interleave({"": lambda: a @ a}, device, 0.1)[""])
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -125,7 +125,6 @@ class Family:
         config._attn_implementation = "sdpa"
         with default_dtype(self.dtype), device:
             model = LlavaLlamaForCausalLM(config)
-        with default_dtype(self.dtype), device:
             self._add_vision(model, projector_type)
         return model.eval()
 

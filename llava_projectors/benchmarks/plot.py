@@ -15,6 +15,7 @@ from llava_projectors.benchmarks.models import STOCK
 from llava_projectors.benchmarks.report import Row, group_name, read_rows
 
 COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", "triton": "tab:green", STOCK: "black"}
+SHADES = {"144": 1.0, "64": 0.75, "36": 0.5}  # of a type's colour, by visual tokens
 
 
 def plot(source: Path, target: Path) -> None:
@@ -25,8 +26,8 @@ def plot(source: Path, target: Path) -> None:
     """
     rows = read_rows(source)
     panels: dict[str, Callable[[Any, list[Row]], None]] = {
-        "projector": _bars_of_ratios,
-        "tower": _bars_of_ratios,
+        "projector": _ratios,
+        "tower": _ratios,
         "model": _speed_ups,
         "scaling": _lines,
     }
@@ -54,45 +55,46 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def _bars_of_ratios(axis: Any, rows: list[Row]) -> None:
-    """Time against the baseline; whiskers are quartiles, ticks the ratio in FLOPs."""
+def _bars(axis: Any, rows: list[Row], height: Callable[[float], float], label: str) -> list[list[Row]]:
+    """Bars of height(ratio) with quartiles as whiskers, red lines at height(FLOP ratio); returns the groups."""
     groups = _groups(rows)
     for place, group in enumerate(groups):
         others = [row for row in group if row["type"] != STOCK]
         width = min(0.3, 0.85 / len(others))
         for number, row in enumerate(others):
             x = place + (number - (len(others) - 1) / 2) * width
-            ratio = float(row["ratio"])
-            spread = [[ratio - float(row["ratio_q1"])], [float(row["ratio_q3"]) - ratio]]
-            shade = {"144": 1.0, "64": 0.75, "36": 0.5}[row["visual_tokens"]]
-            label = row["type"] if place == 0 else None
-            axis.bar(x, ratio, width, color=_colour(row["type"]), alpha=shade, yerr=spread, label=label, ecolor="0.3")
-            axis.hlines(float(row["flops_ratio"]), x - width / 2, x + width / 2, color="red", linewidth=1.2)
+            low, middle, high = sorted(height(float(row[column])) for column in ("ratio_q1", "ratio", "ratio_q3"))
+            axis.bar(
+                x,
+                middle,
+                width,
+                color=_colour(row["type"]),
+                alpha=SHADES[row["visual_tokens"]],
+                yerr=[[middle - low], [high - middle]],
+                ecolor="0.3",
+                label=label.format(**row) if place == 0 else None,
+            )
+            axis.hlines(height(float(row["flops_ratio"])), x - width / 2, x + width / 2, color="red", linewidth=1.2)
     axis.axhline(1, color="black", linewidth=0.8)
+    axis.legend(fontsize=7, ncols=1 + (len(rows) > 60), loc="center left", bbox_to_anchor=(1, 0.5))
+    return groups
+
+
+def _ratios(axis: Any, rows: list[Row]) -> None:
+    """Time against the baseline."""
+    groups = _bars(axis, rows, lambda ratio: ratio, "{type}")
     labels = [
         "{}\n{}\nbatch {}".format(g[0]["measure"].replace("+", "+\n"), g[0]["dtype"], g[0]["batch"]) for g in groups
     ]
     axis.set_xticks(range(len(groups)), labels, fontsize=7)
     axis.set_ylabel(f"time / {STOCK}\n(red: FLOP ratio)")
-    axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _speed_ups(axis: Any, rows: list[Row]) -> None:
     """Speed-up over 576 tokens, beside the bound."""
-    groups = _groups(rows)
-    for place, group in enumerate(groups):
-        others = [row for row in group if row["type"] != STOCK]
-        width = min(0.3, 0.85 / len(others))
-        for number, row in enumerate(others):
-            x = place + (number - (len(others) - 1) / 2) * width
-            shade = {"144": 1.0, "64": 0.75, "36": 0.5}[row["visual_tokens"]]
-            label = f"{row['type']}, {row['visual_tokens']} tokens" if place == 0 else None
-            axis.bar(x, 1 / float(row["ratio"]), width, color=_colour(row["type"]), alpha=shade, label=label)
-            axis.hlines(1 / float(row["flops_ratio"]), x - width / 2, x + width / 2, color="red", linewidth=1.2)
-    axis.axhline(1, color="black", linewidth=0.8)
+    groups = _bars(axis, rows, lambda ratio: 1 / ratio, "{type}, {visual_tokens} tokens")
     axis.set_xticks(range(len(groups)), [f"{g[0]['measure']}\nbatch {g[0]['batch']}" for g in groups], fontsize=8)
     axis.set_ylabel("speed-up over 576 tokens\n(red: FLOP bound)")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _lines(axis: Any, rows: list[Row]) -> None:

@@ -47,6 +47,15 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """One CSV, all rows with the columns of the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def group_name(row: Row) -> tuple[str, ...]:
     """What the rows of one interleaved run share."""
     return tuple(str(row[column]) for column in ("suite", "measure", "dtype", "batch", "images"))

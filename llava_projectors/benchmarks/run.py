@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from tqdm import tqdm
 
-from llava_projectors.benchmarks import (
-    flops,
-    measure,  # before torch: it quiets the profiler
-)
-from llava_projectors.benchmarks.report import print_report
+from llava_projectors.benchmarks import flops, measure
+from llava_projectors.benchmarks.report import print_report, write_rows
 from llava_projectors.benchmarks.suites import PLANS, SUITES, Group, Plan
 
 YARDSTICK = "matrix product"
@@ -40,17 +37,15 @@ def choose_device(name: Optional[str]) -> torch.device:
 def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) -> int:
     """Measure, write and print; returns the exit status."""
     plan_name = "quick" if quick else device.type
-    plan = PLANS[plan_name]
+    plan, left_out = without_slow_dtypes(PLANS[plan_name], device)
     facts = {"plan": plan_name, **measure.machine(device)}
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _silent_models():
         for suite in suites:
             try:
                 for row in measure_suite(suite, plan, device):
                     rows.append({**row, **facts})
-                    _write(path, rows)  # after every row, so that an interrupted run keeps what it has
+                    write_rows(path, rows)  # after every row, so that an interrupted run keeps what it has
             except torch.cuda.OutOfMemoryError as error:
                 left_out.append(f"the rest of suite {suite}: {str(error).splitlines()[0]}")
             gc.collect()
@@ -62,6 +57,22 @@ def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) 
         print(f"LEFT OUT, {what}")
     print(f"\nWritten to {path}; draw it with: llava-projectors plot {path}")
     return 0
+
+
+def without_slow_dtypes(plan: Plan, device: torch.device) -> tuple[Plan, list[str]]:
+    """The plan less the dtypes that the device only emulates, and a line for each of them.
+
+    A CPU without bfloat16 products takes a hundred times as long for them: nobody would run a model so.
+    """
+    rates = {dtype: measure.matrix_rate(device, dtype) for dtype in {torch.float32, *plan.dtypes}}
+    kept = tuple(dtype for dtype in plan.dtypes if rates[dtype] > rates[torch.float32] / 10)
+    lines = [
+        f"{dtype}: this device multiplies matrices of it at {rates[dtype] / 1e9:.1f} GFLOP/s, "
+        f"of float32 at {rates[torch.float32] / 1e9:.1f}"
+        for dtype in plan.dtypes
+        if dtype not in kept
+    ]
+    return replace(plan, dtypes=kept), lines
 
 
 def measure_suite(suite: str, plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -120,14 +131,6 @@ def _dtype(group: Group) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.5g}"
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    rows = list(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 @contextmanager

@@ -145,6 +145,14 @@ def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
     return average if mask is None else average / mask.to(average.dtype).mean((2, 4))
 
 
+def head_count(width: int) -> int:
+    """Attention heads of 128 channels, or wider ones where that does not divide the width."""
+    heads = max(1, width // 128)
+    while width % heads:
+        heads -= 1
+    return heads
+
+
 class TwoLayerMLP(nn.Sequential):
     """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks.
 

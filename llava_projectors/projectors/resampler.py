@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.base import Projector, head_count
 
 
 class Resampler(Projector):
@@ -42,9 +42,7 @@ class Resampler(Projector):
     ) -> None:
         super().__init__(mm_hidden_size, hidden_size, layers, stride=1)
         self.query_side = _side(num_queries)
-        self.num_heads = max(1, hidden_size // 128)
-        while hidden_size % self.num_heads:
-            self.num_heads -= 1
+        self.num_heads = head_count(hidden_size)
         self.queries = nn.Parameter(torch.randn(num_queries, hidden_size) * 0.02)
         self.embed = nn.Linear(self.num_levels * mm_hidden_size, hidden_size, bias=False)
         self.norm_queries = nn.LayerNorm(hidden_size, eps=1e-6)

@@ -13,6 +13,7 @@ from llava_projectors.projectors import kernels
 from llava_projectors.projectors.base import (
     Projector,
     TwoLayerMLP,
+    head_count,
     multi_level_layers,
     pad_grid,
     region_mask,
@@ -57,9 +58,6 @@ class TokenPacker(Projector):
     ) -> None:
         super().__init__(mm_hidden_size, hidden_size, layers, scale_factor)
         embed_dim = mm_hidden_size
-        num_heads = max(1, embed_dim // 128)
-        while embed_dim % num_heads:
-            num_heads -= 1
         in_channels = self.num_levels * mm_hidden_size
         self.q_proj_1 = nn.Linear(mm_hidden_size, embed_dim, bias=False)
         self.k_proj_1 = TwoLayerMLP(in_channels, embed_dim)
@@ -67,7 +65,7 @@ class TokenPacker(Projector):
         self.ln_q_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_k_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_v_1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.clip_attn = RegionAttention(embed_dim, num_heads)
+        self.clip_attn = RegionAttention(embed_dim, head_count(embed_dim))
         self.mlp = TwoLayerMLP(embed_dim, hidden_size)
         self.apply(_init_weights)
 
@@ -99,13 +97,8 @@ class TokenPacker(Projector):
         """
         grid = self.to_grid(features)
         query, key = self.point_queries(grid), self.ln_k_1(self.k_proj_1(grid))
-        attention, s = self.clip_attn, self.stride
-        q_weight, k_weight, _ = attention.in_proj_weight.chunk(3)
-        heads = (attention.num_heads, -1)
-        q = F.linear(query, q_weight, attention.in_proj_bias.chunk(3)[0]).unflatten(-1, heads).flatten(0, 2)
-        scores = _score(q * q.shape[-1] ** -0.5, key, k_weight.unflatten(0, heads), s)
-        weights = _region_softmax(scores, region_patches(grid, s)).mean(1).unflatten(0, query.shape[:3])
-        batch, rows, columns = query.shape[:3]
+        (batch, rows, columns), s = query.shape[:3], self.stride
+        weights = self.clip_attn.weights(query, key, s).mean(1).unflatten(0, (batch, rows, columns))
         placed = weights.new_zeros(batch, rows, columns, rows, s, columns, s)
         for row in range(rows):
             for column in range(columns):
@@ -131,17 +124,27 @@ class RegionAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stride: int) -> torch.Tensor:
         """query [B, h, w, E], key and value [B, H, W, E] -> [B, h, w, E], with h = ceil(H / stride)."""
-        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
-        q_bias, _, v_bias = self.in_proj_bias.chunk(3)  # the keys' bias falls out of the softmax
-        heads = (self.num_heads, -1)
-        q = F.linear(query, q_weight, q_bias).unflatten(-1, heads).flatten(0, 2)
+        _, k_weight, v_weight = (weight.unflatten(0, (self.num_heads, -1)) for weight in self.in_proj_weight.chunk(3))
+        v_bias = self.in_proj_bias.chunk(3)[2]  # the keys' bias falls out of the softmax
+        q = self.scaled_queries(query)
         # Autocast has chosen the dtype of q; it would not reach the backward pass of what follows.
         key, value = key.to(q.dtype), value.to(q.dtype)
-        k_weight, v_weight = (weight.unflatten(0, heads).to(q.dtype) for weight in (k_weight, v_weight))
+        k_weight, v_weight = k_weight.to(q.dtype), v_weight.to(q.dtype)
         attend = _fused() if kernels.are_wanted(q) else _attend
         patches = region_patches(key, stride)
-        out, _ = attend(q * q.shape[-1] ** -0.5, key, value, k_weight, v_weight, patches, stride)
+        out, _ = attend(q, key, value, k_weight, v_weight, patches, stride)
         return self.out_proj(out.reshape(query.shape) + v_bias)
+
+    def scaled_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, E] -> [B*h*w, n, d], for n heads of d channels."""
+        projected = F.linear(query, self.in_proj_weight.chunk(3)[0], self.in_proj_bias.chunk(3)[0])
+        heads = projected.unflatten(-1, (self.num_heads, -1)).flatten(0, 2)
+        return heads * heads.shape[-1] ** -0.5
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
+        """Only the attention weights [B*h*w, n, s*s], for the arguments of `forward`."""
+        k_weight = self.in_proj_weight.chunk(3)[1].unflatten(0, (self.num_heads, -1))
+        return _region_softmax(_score(self.scaled_queries(query), key, k_weight, stride), region_patches(key, stride))
 
 
 def _attend(
