@@ -95,13 +95,15 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tiny):
-    """type string -> its pretrained adapter and its checkpoint, over-fitted in 100 steps; trained once."""
+    """type string -> its pretrained adapter and its checkpoint, over-fitted in 60 steps; trained once."""
 
     @cache
     def get(projector_type):
         name = projector_type.replace(":", "-").replace("=", "-")
         adapter, first = tiny.pretrain(f"{name}-pretrain", projector_type)
-        checkpoint, second = tiny.finetune(name, projector_type, adapter / "mm_projector.bin", max_steps=100)
+        checkpoint, second = tiny.finetune(
+            name, projector_type, adapter / "mm_projector.bin", max_steps=60, learning_rate=4e-3
+        )
         return Trained(adapter, checkpoint, first + second)
 
     return get

@@ -15,8 +15,21 @@ from safetensors.torch import load_file
 from llava_projectors.demo.train import losses, training_command
 
 OURS = ("saep", "tokenpacker")
-# LLaVA's script synchronises CUDA before it saves with DeepSpeed, also where there is none.
-SHIM = "import torch\ntorch.cuda.synchronize = lambda *_: None\n"
+# LLaVA's script synchronises CUDA before it saves with DeepSpeed, also where there is none. It leaves
+# the process group as it is, whose threads now and then abort a rank that exits before the other.
+SHIM = """
+import atexit
+import torch
+
+torch.cuda.synchronize = lambda *_: None
+
+
+@atexit.register
+def leave_together():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +70,9 @@ def train(tiny, equal_data, trained):
         environment = {}
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
-            environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim)}
+            # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
+            extensions = str(tiny.root / "torch_extensions")
+            environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim), "TORCH_EXTENSIONS_DIR": extensions}
         command = training_command(output, tiny.llm, tiny.tower, projector_type, **options)
         if stage is not None:
             at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
@@ -107,7 +122,9 @@ def test_zero_trains_as_one_process_does(train, trained, projector_type):
                 continue
             step, expected_step = found[name] - start[name], expected[name] - start[name]
             assert step.abs().max() > 0, (road, name)
-            assert (step - expected_step).norm() < 0.02 * expected_step.norm(), (road, name)
+            # A weight near 1 moves by whole float32 steps of 1e-7, which may fall the other way.
+            rounding = torch.finfo(torch.float32).eps * start[name].float().norm()
+            assert (step - expected_step).norm() < 0.02 * expected_step.norm() + rounding, (road, name)
 
 
 def test_a_zero3_checkpoint_loads(train, tiny):

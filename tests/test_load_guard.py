@@ -110,7 +110,7 @@ BAD = [
     (with_stock, "unexpected: 0.bias, 0.weight, 2.bias, 2.weight.* look like 'mlp2x_gelu': they were trained as that"),
     (with_projector("tokenpacker"), "look like 'tokenpacker'"),
     (
-        with_projector("saep:layers=12+23"),
+        with_projector("saep:layers=4+7"),
         r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\].*type is right but the sizes differ",
     ),
     (with_projector("saep:stride=4"), r"wrong shape: depthwise.weight is \[32, 1, 5, 5\], not \[32, 1, 3, 3\]"),
@@ -179,7 +179,7 @@ def test_adapter_and_base(load, adapter, tiny):
         (without_norm, "got no weights from .*llava-adapter: missing: norm.bias, norm.weight"),
         (with_stock, "weights do not fit the projector 'saep': unexpected: 0.bias, 0.weight.* look like 'mlp2x_gelu'"),
         (with_projector("tokenpacker"), "do not fit the projector 'saep': unexpected.* look like 'tokenpacker'"),
-        (with_projector("saep:layers=12+23"), r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\]"),
+        (with_projector("saep:layers=4+7"), r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\]"),
     ],
 )
 def test_bad_adapters_are_errors(load, adapter, tiny, change, message):

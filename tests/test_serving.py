@@ -148,7 +148,7 @@ def test_long_prompts_are_refused_by_the_reduced_count(server, tiny):
 def test_command_line_chat(trained, tiny, tmp_path, environment, projector_type):
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", trained(projector_type).checkpoint, "--image-file",
-         tiny.images / "flower.jpg", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "24"],
+         tiny.images / "flower.jpg", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "6"],
         input=f"{QUESTION}\n\n", env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

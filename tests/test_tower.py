@@ -38,20 +38,20 @@ def test_features_are_the_hidden_states_side_by_side(towers, images):
     assert features.shape == (3, 576, 4 * 32)
     with torch.no_grad():
         hidden_states = stock.vision_tower(images, output_hidden_states=True).hidden_states
-    for block, layer in zip(features.split(32, dim=-1), (12, 16, 22, 23)):
+    for block, layer in zip(features.split(32, dim=-1), (4, 5, 6, 7)):
         assert torch.equal(block, hidden_states[layer][:, 1:])
     assert torch.equal(features[..., -32:], stock(images))
 
 
-@pytest.mark.parametrize("select", [-2, -3, -1, 22])
+@pytest.mark.parametrize("select", [-2, -3, -1, 6])
 def test_the_last_block_is_what_llava_selects(towers, images, select):
     tower, stock = (towers(t, mm_vision_select_layer=select) for t in ("tokenpacker", "mlp2x_gelu"))
     assert torch.equal(tower(images[:1])[..., -32:], stock(images[:1]))
 
 
 def test_layers_option(towers, images):
-    tower, absolute = towers("saep:layers=-13+-2"), towers("saep:layers=12+23")
-    assert tower.projector_layers == absolute.projector_layers == (12, 23)
+    tower, absolute = towers("saep:layers=-6+-2"), towers("saep:layers=3+7")
+    assert tower.projector_layers == absolute.projector_layers == (3, 7)
     assert torch.equal(tower(images[:1]), absolute(images[:1]))
 
 
@@ -103,11 +103,11 @@ def test_copies(towers, images, copied):
 @pytest.mark.parametrize(
     ("projector_type", "settings", "message"),
     [
-        ("saep:layers=12+30+23", {}, "layer 30 is out of range; the vision tower has 24 layers, hidden states 0 to 24"),
+        ("saep:layers=4+30+7", {}, "layer 30 is out of range; the vision tower has 8 layers, hidden states 0 to 8"),
         ("saep:layers=-26+-2", {}, "layer -26 is out of range"),
-        ("saep:layers=16+12+23", {}, r"layers=16\+12\+23 must be ascending and without repeats"),
-        ("saep:layers=23+-2", {}, r"without repeats \(here 23\+23, counted from 0\)"),
-        ("saep:layers=12+16", {}, "must end in hidden state 23.*pass --mm_vision_select_layer 16"),
+        ("saep:layers=5+4+7", {}, r"layers=5\+4\+7 must be ascending and without repeats"),
+        ("saep:layers=7+-2", {}, r"without repeats \(here 7\+7, counted from 0\)"),
+        ("saep:layers=4+5", {}, "must end in hidden state 7.*pass --mm_vision_select_layer 5"),
         ("saep", {"mm_vision_select_layer": -30}, "--mm_vision_select_layer -30 is out of range"),
         (
             "saep",
@@ -215,13 +215,13 @@ def test_unknown_towers_are_refused(siglip):
 
 def test_a_second_tower_takes_single_layer_types(towers, images):
     """MGM's auxiliary tower attends from the first tower's features, of the width of one layer."""
-    with pytest.raises(ProjectorSpecError, match="reads 4 layers, .* --mm_vision_tower_aux takes.*pass saep:layers=23"):
+    with pytest.raises(ProjectorSpecError, match="reads 4 layers, .* --mm_vision_tower_aux takes.*pass saep:layers=7"):
         towers("saep", mm_vision_tower_aux="convnext")
-    tower = towers("saep:layers=23", mm_vision_tower_aux="convnext")
+    tower = towers("saep:layers=7", mm_vision_tower_aux="convnext")
     assert torch.equal(tower(images[:1]), towers("mlp2x_gelu")(images[:1]))
 
 
-@pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (12, -2, (6, 8, 10, 11))])
+@pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (8, -2, (4, 5, 6, 7))])
 def test_default_layers_scale_with_the_depth(depth, select, layers):
     assert resolve_layers(registry.resolve("saep"), depth, select) == layers
 

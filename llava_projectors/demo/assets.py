@@ -1,6 +1,6 @@
 """Tiny checkpoints and data in the formats LLaVA reads, made offline from seeds.
 
-A CLIP vision tower with ViT-L/14-336's depth and grid, a Vicuna-shaped LLM with its tokenizer,
+A CLIP vision tower with ViT-L/14-336's grid, a Vicuna-shaped LLM with its tokenizer,
 and image-question-answer sets of photographs and drawn scenes. Weights are random: what is
 real are the formats, the shapes and the code that reads them.
 """
@@ -35,7 +35,7 @@ QUESTION = "What does the picture show?"
 
 
 def make_vision_tower(
-    path: Path, hidden_size: int = 32, num_layers: int = 24, image_size: int = 336, patch_size: int = 14
+    path: Path, hidden_size: int = 32, num_layers: int = 8, image_size: int = 336, patch_size: int = 14
 ) -> Path:
     """Write a CLIP vision checkpoint with random weights and its image processor."""
     torch.manual_seed(0)
