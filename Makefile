@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRANSFORMERS ?= 4.40.2
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower early_exit llava_model llava_training load_guard))
 
-# For bench: cpu takes about half an hour on two cores, cuda under ten minutes.
+# For bench: cpu takes 25 to 45 minutes on two cores, cuda under ten minutes.
 DEVICE ?= cpu
 
 .PHONY: demo test test-transformers run-on-transformers lint bench clean

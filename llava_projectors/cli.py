@@ -62,7 +62,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         help="time and memory of projectors, tower and whole models, against LLaVA's own and the FLOP bound",
         description="Interleaves the candidates in one run, writes one CSV with machine and versions, prints a table "
         "of each suite and the project's bars. Models have random weights; nothing is downloaded. On a CPU a full run "
-        "takes about half an hour on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten minutes (the shape "
+        "takes 25 to 45 minutes on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten minutes (the shape "
         "of LLaVA-7B, whose full training step wants some 90 GiB; what does not fit is left out and named). "
         "Needs LLaVA and the extra llava-projectors[bench].",
     )
@@ -72,7 +72,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         choices=["projector", "tower", "model", "scaling"],
         help="a suite to run, may be repeated (default: all)",
     )
-    bench.add_argument("--quick", action="store_true", help="small sizes, under a minute on 2 cores")
+    bench.add_argument("--quick", action="store_true", help="small sizes, about a minute on 2 cores")
     bench.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     bench.add_argument("--csv", type=Path, default=Path("runs/bench.csv"), help="where to write (%(default)s)")
     bench.set_defaults(run=run_bench)

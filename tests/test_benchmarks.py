@@ -34,6 +34,14 @@ def depthwise_gradients(type_string, patches_a_side, channels):
     return forward * 4 if "depthwise_first" in type_string else forward * 2  # four levels, but no input gradient
 
 
+def test_a_dtype_that_is_only_emulated_is_left_out(monkeypatch):
+    rates = {torch.float32: 1e11, torch.bfloat16: 1e9, torch.float16: 2e11}
+    monkeypatch.setattr(measure, "matrix_rate", lambda device, dtype: rates[dtype])
+    kept, (line,) = measure.without_slow_dtypes((torch.float32, torch.bfloat16, torch.float16), CPU)
+    assert kept == (torch.float32, torch.float16)
+    assert line == "torch.bfloat16: this device multiplies matrices of it at 1.0 GFLOP/s, of float32 at 100.0"
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "type_string", [models.STOCK, *suites.REDUCING, *suites.NAIVE, "saep:order=depthwise_first", "saep:inner_size=40"]

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Callable
 
@@ -100,6 +100,24 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 512) -> fl
     """FLOPs a second of a small matrix product: enough to see whether the device has instructions for the dtype."""
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / min(interleave({"": lambda: a @ a}, device, 0.1)[""])
+
+
+def without_slow_dtypes(
+    dtypes: Sequence[torch.dtype], device: torch.device
+) -> tuple[tuple[torch.dtype, ...], list[str]]:
+    """The dtypes that the device does not merely emulate, and a line for each of the others.
+
+    A CPU without bfloat16 products takes a hundred times as long for them: nobody would run a model so.
+    """
+    rates = {dtype: matrix_rate(device, dtype) for dtype in {torch.float32, *dtypes}}
+    kept = tuple(dtype for dtype in dtypes if rates[dtype] > rates[torch.float32] / 10)
+    lines = [
+        f"{dtype}: this device multiplies matrices of it at {rates[dtype] / 1e9:.1f} GFLOP/s, "
+        f"of float32 at {rates[torch.float32] / 1e9:.1f}"
+        for dtype in dtypes
+        if dtype not in kept
+    ]
+    return kept, lines
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -114,4 +114,4 @@ def _lines(axis: Any, rows: list[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("images a prompt, or prompts a batch")
     axis.set_ylabel("prefill, s")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=7, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -37,7 +37,9 @@ def choose_device(name: Optional[str]) -> torch.device:
 def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) -> int:
     """Measure, write and print; returns the exit status."""
     plan_name = "quick" if quick else device.type
-    plan, left_out = without_slow_dtypes(PLANS[plan_name], device)
+    plan = PLANS[plan_name]
+    dtypes, left_out = measure.without_slow_dtypes(plan.dtypes, device)
+    plan = replace(plan, dtypes=dtypes)
     facts = {"plan": plan_name, **measure.machine(device)}
     rows: list[dict[str, Any]] = []
     with _silent_models():
@@ -57,22 +59,6 @@ def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) 
         print(f"LEFT OUT, {what}")
     print(f"\nWritten to {path}; draw it with: llava-projectors plot {path}")
     return 0
-
-
-def without_slow_dtypes(plan: Plan, device: torch.device) -> tuple[Plan, list[str]]:
-    """The plan less the dtypes that the device only emulates, and a line for each of them.
-
-    A CPU without bfloat16 products takes a hundred times as long for them: nobody would run a model so.
-    """
-    rates = {dtype: measure.matrix_rate(device, dtype) for dtype in {torch.float32, *plan.dtypes}}
-    kept = tuple(dtype for dtype in plan.dtypes if rates[dtype] > rates[torch.float32] / 10)
-    lines = [
-        f"{dtype}: this device multiplies matrices of it at {rates[dtype] / 1e9:.1f} GFLOP/s, "
-        f"of float32 at {rates[torch.float32] / 1e9:.1f}"
-        for dtype in plan.dtypes
-        if dtype not in kept
-    ]
-    return replace(plan, dtypes=kept), lines
 
 
 def measure_suite(suite: str, plan: Plan, device: torch.device) -> Iterator[dict[str, Any]]:
