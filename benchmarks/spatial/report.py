@@ -1,0 +1,170 @@
+"""Tables and plots from the CSV of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from benchmarks.spatial.probe import WHAT
+from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
+from benchmarks.spatial.study import DEPTH, STUDIES, from_hex
+
+DRAWS = 2000
+Interval = tuple[float, float, float]  # estimate, lower and upper end of the 95 % interval
+
+# What is averaged: every family by itself, all of them, and those about position.
+FIGURES: dict[str, tuple[str, ...]] = {
+    "all": tuple(FAMILIES),
+    "position": POSITION_FAMILIES,
+    **{family: (family,) for family in FAMILIES},
+}
+
+
+class Results:
+    """The answers of one study: type -> family -> right or wrong, bool [seeds, questions]."""
+
+    def __init__(self, rows: Sequence[dict[str, str]], study: str) -> None:
+        chosen = [row for row in rows if row["study"] == study]
+        found = {row["type"] for row in chosen}
+        self.study = study
+        self.types = [name for name in STUDIES[study][1] if name in found]
+        self.tokens = {row["type"]: int(row["visual_tokens"]) for row in chosen}
+        self.correct = {
+            name: {
+                family: numpy.array(
+                    [
+                        from_hex(row["correct"], int(row["questions"]))
+                        for row in chosen
+                        if row["type"] == name and row["family"] == family
+                    ]
+                )
+                for family in FAMILIES
+            }
+            for name in self.types
+        }
+        self._drawn = self._bootstrap()
+
+    def _bootstrap(self) -> dict[str, dict[str, Any]]:
+        """type -> family -> accuracies when seeds and questions are drawn anew; every type is asked the same ones."""
+        rng = numpy.random.default_rng(0)
+        sizes = {family: right.shape[1] for family, right in self.correct[self.types[0]].items()}
+        # How often each question is in a draw, so that an accuracy is a weighted mean.
+        weights = {
+            family: rng.multinomial(size, numpy.full(size, 1 / size), size=DRAWS) / size
+            for family, size in sizes.items()
+        }
+        drawn: dict[str, dict[str, Any]] = {}
+        for name in self.types:
+            number = len(next(iter(self.correct[name].values())))
+            seeds = rng.integers(number, size=(DRAWS, number))
+            drawn[name] = {
+                family: numpy.take_along_axis(weights[family] @ right.T.astype(float), seeds, axis=1).mean(1)
+                for family, right in self.correct[name].items()
+            }
+        return drawn
+
+    def accuracy(self, name: str, figure: str) -> Interval:
+        """Mean over seeds, and its interval."""
+        families = FIGURES[figure]
+        estimate = float(numpy.mean([self.correct[name][family].mean() for family in families]))
+        return estimate, *_interval(numpy.mean([self._drawn[name][family] for family in families], axis=0))
+
+    def difference(self, name: str, other: str, figure: str) -> Interval:
+        """How much more often `name` is right than `other`, on the same questions."""
+        families = FIGURES[figure]
+        ours, theirs = self._drawn[name], self._drawn[other]
+        estimate = self.accuracy(name, figure)[0] - self.accuracy(other, figure)[0]
+        return estimate, *_interval(numpy.mean([ours[family] - theirs[family] for family in families], axis=0))
+
+
+def _interval(drawn: Any) -> tuple[float, float]:
+    low, high = numpy.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def tables(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown: what the hidden states know, then a table a study."""
+    found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    return _depth_table(rows) + "\n".join(_table(Results(rows, study)) for study in found)
+
+
+def _depth_table(rows: Sequence[dict[str, str]]) -> str:
+    found = {(row["type"], row["family"]): float(row["accuracy"]) for row in rows if row["study"] == DEPTH}
+    states = dict.fromkeys(name for name, _ in found)
+    lines = [
+        "### What the hidden states know: a linear probe on the validation split",
+        "",
+        f"| | {' | '.join(f'{what}: {meaning}' for what, meaning in WHAT.items())} |",
+        f"|---|{'---|' * len(WHAT)}",
+        *(f"| {state} | {' | '.join(f'{found[state, what]:.1%}' for what in WHAT)} |" for state in states),
+    ]
+    return "\n".join([*lines, "", ""])
+
+
+def _table(results: Results) -> str:
+    first = results.types[0]
+    seeds = max(len(results.correct[name]["relative"]) for name in results.types)
+    lines = [
+        f"### {results.study}, {STUDIES[results.study][0]} split, {seeds} seeds",
+        "",
+        f"| type | tokens | mean of families | against `{first}` | position families | {' | '.join(FAMILIES)} |",
+        f"|---|---|---|---|---|{'---|' * len(FAMILIES)}",
+    ]
+    for name in results.types:
+        versus = "" if name == first else _points(results.difference(name, first, "all"))
+        families = (f"{results.accuracy(name, family)[0]:.1%}" for family in FAMILIES)
+        whole, position = (_percent(results.accuracy(name, figure)) for figure in ("all", "position"))
+        cells = (f"`{name}`", str(results.tokens[name]), whole, versus, position, *families)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _percent(interval: Interval) -> str:
+    estimate, low, high = interval
+    return f"{estimate:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _points(interval: Interval) -> str:
+    estimate, low, high = (100 * value for value in interval)
+    return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def plot(rows: Sequence[dict[str, str]], target: Path) -> None:
+    """Accuracy with intervals, a row of panels a study."""
+    found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    results = {study: Results(rows, study) for study in found}
+    heights = [max(2.4, 0.3 * len(results[study].types) + 1) for study in found]
+    size = (2.1 * len(FIGURES) + 2, sum(heights))
+    figure, axes = pyplot.subplots(
+        len(found), len(FIGURES), squeeze=False, figsize=size, height_ratios=heights, layout="constrained", sharey="row"
+    )
+    for panels, study in zip(axes, found):
+        for axis, name in zip(panels, FIGURES):
+            _dots(axis, results[study], name)
+        labels = [f"{name}, {results[study].tokens[name]}" for name in results[study].types]
+        panels[0].set_yticks(range(len(labels)), labels)
+        panels[0].invert_yaxis()
+        panels[0].set_ylabel(f"{study}\n({STUDIES[study][0]} split)")
+    figure.suptitle("Answers that are right, % (dots: mean of the seeds; bars: 95 % interval; line: the first type)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=80)
+    pyplot.close(figure)
+
+
+def _dots(axis: Any, results: Results, figure: str) -> None:
+    shades = {tokens: f"C{number}" for number, tokens in enumerate(sorted(set(results.tokens.values()), reverse=True))}
+    for place, name in enumerate(results.types):
+        estimate, low, high = (100 * value for value in results.accuracy(name, figure))
+        spread = [[estimate - low], [high - estimate]]
+        axis.errorbar(estimate, place, xerr=spread, fmt="o", markersize=4, color=shades[results.tokens[name]])
+        if place == 0:
+            axis.axvline(estimate, color="0.6", linewidth=0.8)
+    axis.set_title(figure, fontsize=9)
+    axis.tick_params(labelsize=8)

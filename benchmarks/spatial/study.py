@@ -1,0 +1,267 @@
+"""The whole study: pre-train both models, run every configuration, keep every result in one CSV.
+
+Choices are made on the validation split; the test split is for the comparison at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.spatial import language, vision
+from benchmarks.spatial.probe import probe
+from benchmarks.spatial.scenes import PATCHES_A_SIDE
+from benchmarks.spatial.store import Split
+from benchmarks.spatial.train import run
+from llava_projectors import registry
+from llava_projectors.benchmarks import measure
+
+STOCK = "mlp2x_gelu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one study.
+
+    Attributes:
+        vision_steps: of the vision model's pre-training, 32 pictures each.
+        language_steps: of the LLM's, 64 texts each.
+        pictures: of each split.
+        steps: of stages 1 and 2.
+        batch: pictures a step.
+        learning_rates: of stages 1 and 2.
+        seeds: of every configuration of the comparison; ablations take the first `ablation_seeds`.
+        ablation_seeds: how many.
+    """
+
+    vision_steps: int = 1500
+    language_steps: int = 1200
+    pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
+    steps: tuple[int, int] = (100, 250)
+    batch: int = 32
+    learning_rates: tuple[float, float] = (2e-3, 1e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_seeds: int = 2
+
+
+FULL = Plan()
+QUICK = Plan(
+    vision_steps=2,
+    language_steps=2,
+    pictures=(("train", 32), ("validation", 8), ("test", 8)),
+    steps=(2, 2),
+    batch=8,
+    seeds=(0,),
+    ablation_seeds=1,
+)
+
+REDUCED = tuple(
+    name.format(stride=stride, queries=(PATCHES_A_SIDE // stride) ** 2)
+    for stride in (2, 3)
+    for name in (
+        "saep:stride={stride}",
+        "tokenpacker:scale_factor={stride}",
+        "avg_pool:stride={stride}",
+        "pixel_shuffle:stride={stride}",
+        "ldpv2:stride={stride}",
+        "c_abstractor:stride={stride}",
+        "resampler:num_queries={queries}",
+    )
+)
+# name -> the split that is asked and the types that are compared; the first type is what the others are held against.
+STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "comparison": ("test", (STOCK, *REDUCED)),
+    "saep": (
+        "validation",
+        (
+            "saep",
+            "saep:layers=7",
+            "saep:layers=4+7",
+            "saep:layers=1+3+5+7",
+            "saep:layers=2+4+6+7",
+            "saep:kernel_size=2",
+            "saep:kernel_size=5",
+            "saep:order=depthwise_first",
+            "saep:shortcut=none",
+            "saep:inner_size=64",
+            "saep:inner_size=256",
+        ),
+    ),
+    "tokenpacker": (
+        "validation",
+        ("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=4+7", "tokenpacker:layers=1+3+5+7"),
+    ),
+}
+
+DEPTH = "depth"  # the rows about hidden states, of which there is no run
+
+COLUMNS = (
+    "study", "type", "seed", "split", "visual_tokens", "family", "accuracy", "questions", "correct",
+    "stage1_loss", "stage2_loss", "seconds", "plan", "machine", "python", "torch", "transformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    study: str
+    projector_type: str
+    seed: int
+
+
+def jobs(plan: Plan, studies: tuple[str, ...]) -> Iterator[Job]:
+    """Seed by seed, so that an interrupted study has something of every type."""
+    for number, seed in enumerate(plan.seeds):
+        for study in studies:
+            if study == "comparison" or number < plan.ablation_seeds:
+                yield from (Job(study, projector_type, seed) for projector_type in STUDIES[study][1])
+
+
+def splits(plan: Plan, folder: Path) -> dict[str, Split]:
+    """All splits by name."""
+    return {name: Split(name, size, folder) for name, size in plan.pictures}
+
+
+def visual_tokens(projector_type: str) -> int:
+    """That the LLM sees of a picture."""
+    if projector_type == STOCK:
+        return PATCHES_A_SIDE**2
+    return registry.resolve(projector_type).output_side(PATCHES_A_SIDE) ** 2
+
+
+def prepare(plan: Plan, folder: Path) -> None:
+    """Pre-train and look at all pictures, as far as that is not done yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "vision" / "config.json").exists():
+        vision.pretrain(folder / "vision", plan.vision_steps)
+    if not (folder / "language" / "config.json").exists():
+        found = language.pretrain(folder / "language", plan.language_steps)
+        print("Language model, answers from captions:", ", ".join(f"{k} {v:.0%}" for k, v in found.items()))
+    for split in splits(plan, folder).values():
+        split.prepare(folder / "vision")
+
+
+def depth_rows(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """What the hidden states know."""
+    by_name = splits(plan, folder)
+    return [
+        {
+            **_facts(plan, DEPTH, f"hidden state {layer}", by_name["validation"]),
+            **_score(what, right),
+        }
+        for layer, what, right in probe(by_name["train"], by_name["validation"])
+    ]
+
+
+def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], workers: int) -> None:
+    """Run what the CSV does not hold yet; every finished run is written at once."""
+    prepare(plan, folder)
+    done = {(row["study"], row["type"], row["seed"]) for row in read_rows(path)} if path.exists() else set()
+    if not any(study == DEPTH for study, _, _ in done):
+        append_rows(path, depth_rows(plan, folder))
+    todo = [job for job in jobs(plan, studies) if (job.study, job.projector_type, str(job.seed)) not in done]
+    # A fresh interpreter a worker: a forked one would share torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as pool:
+        futures = {pool.submit(_work, plan, folder, job): job for job in todo}
+        progress = tqdm(as_completed(futures), total=len(futures), desc="runs", unit=" run")
+        for future in progress:
+            job = futures[future]
+            rows = future.result()
+            append_rows(path, rows)
+            mean = sum(float(row["accuracy"]) for row in rows) / len(rows)
+            progress.write(f"{job.study}, {job.projector_type}, seed {job.seed}: {mean:.1%} of the answers right")
+
+
+def _start_worker(workers: int) -> None:
+    import logging
+    import warnings
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
+    started = time.monotonic()
+    by_name = splits(plan, folder)
+    split = by_name[STUDIES[job.study][0]]
+    found = run(
+        job.projector_type,
+        job.seed,
+        folder / "vision",
+        folder / "language",
+        by_name["train"],
+        split,
+        plan.steps,
+        plan.batch,
+        plan.learning_rates,
+    )
+    facts = {
+        **_facts(plan, job.study, job.projector_type, split),
+        "seed": job.seed,
+        "visual_tokens": visual_tokens(job.projector_type),
+        "stage1_loss": f"{found['stage1_loss']:.4f}",
+        "stage2_loss": f"{found['stage2_loss']:.4f}",
+        "seconds": f"{time.monotonic() - started:.0f}",
+    }
+    return [{**facts, **_score(family, right)} for family, right in found["correct"].items()]
+
+
+def _facts(plan: Plan, study: str, name: str, split: Split) -> dict[str, Any]:
+    machine = measure.machine(torch.device("cpu"))
+    return {
+        "study": study,
+        "type": name,
+        "split": split.name,
+        "plan": "full" if plan == FULL else "quick",
+        **{column: machine[column] for column in ("machine", "python", "torch", "transformers")},
+    }
+
+
+def _score(family: str, right: list[bool]) -> dict[str, Any]:
+    return {
+        "family": family,
+        "accuracy": f"{sum(right) / len(right):.4f}",
+        "questions": len(right),
+        "correct": to_hex(right),
+    }
+
+
+def to_hex(correct: list[bool]) -> str:
+    """Right and wrong as one hexadecimal number, the first question the highest bit."""
+    bits = "".join(map(str, map(int, correct)))
+    return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def from_hex(text: str, questions: int) -> list[bool]:
+    """The inverse of `to_hex`."""
+    return [bit == "1" for bit in f"{int(text, 16):0{questions}b}"]
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to the CSV, which is begun if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Every row of the CSV."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

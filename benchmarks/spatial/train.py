@@ -1,0 +1,157 @@
+"""One run of the study: LLaVA's model class and our patched builder, two stages, then the questions of a split."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from benchmarks.spatial import vision
+from benchmarks.spatial.language import answered_right, encode, encode_dialogue, pad
+from benchmarks.spatial.questions import FAMILIES
+from benchmarks.spatial.store import CachedTower, Split
+
+Batch = dict[str, torch.Tensor]
+
+
+def build(projector_type: str, vision_folder: Path, language_folder: Path) -> Any:
+    """A LlavaLlamaForCausalLM with tower and projector, as LLaVA's training script makes it."""
+    from llava.model import LlavaLlamaForCausalLM
+    from llava.train.train import ModelArguments
+
+    import llava_projectors
+
+    llava_projectors.patch()
+    model = LlavaLlamaForCausalLM.from_pretrained(language_folder)
+    arguments = ModelArguments(
+        vision_tower=str(vision_folder),
+        mm_vision_select_layer=vision.SELECT_LAYER,
+        mm_projector_type=projector_type,
+    )
+    model.get_model().initialize_vision_modules(arguments)
+    model.config.tokenizer_padding_side = "right"
+    model.config.tokenizer_model_max_length = model.config.max_position_embeddings
+    model.config.use_cache = False
+    return model
+
+
+def use_hidden_states(model: Any, split: Split) -> None:
+    """From now on, the model's pictures are those of the split, by number."""
+    tower = model.get_vision_tower()
+    layers = tower.layers if isinstance(tower, CachedTower) else getattr(tower, "projector_layers", (vision.SELECTED,))
+    model.model.vision_tower = CachedTower(split, layers)
+
+
+def to_batch(indices: list[int], dialogues: list[tuple[list[int], list[int]]]) -> Batch:
+    """The arguments of LLaVA's forward; `images` are numbers of pictures."""
+    return {**pad(dialogues), "images": torch.tensor(indices)}
+
+
+def image_then(text: str) -> list[int]:
+    """The picture's place, then the text."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+
+    return [IMAGE_TOKEN_INDEX, *encode(text)]
+
+
+def caption_batches(split: Split, seed: int, steps: int, size: int) -> Iterator[Batch]:
+    """Stage 1: pictures and what is in them."""
+    for indices, _ in _shuffled(split, seed, steps, size):
+        dialogues = [encode_dialogue(image_then(split.caption(index)), [], learn_context=True) for index in indices]
+        yield to_batch(indices, dialogues)
+
+
+def question_batches(split: Split, seed: int, steps: int, size: int) -> Iterator[Batch]:
+    """Stage 2: pictures and a dialogue of one question of each family, in any order."""
+    rng = random.Random(seed)
+    for indices, epoch in _shuffled(split, seed, steps, size):
+        dialogues = []
+        for index in indices:
+            turns = list(split.questions(index, epoch).values())
+            dialogues.append(encode_dialogue(image_then(""), rng.sample(turns, len(turns)), learn_context=False))
+        yield to_batch(indices, dialogues)
+
+
+def _shuffled(split: Split, seed: int, steps: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """Pictures of each step, and the number of the epoch; every epoch in another order."""
+    rng = random.Random(seed)
+    order: list[int] = []
+    epoch = -1
+    for _ in range(steps):
+        if len(order) < size:
+            order, epoch = rng.sample(range(split.size), split.size), epoch + 1
+        yield order[:size], epoch
+        del order[:size]
+
+
+def fit(model: Any, batches: Iterable[Batch], steps: int, learning_rate: float) -> float:
+    """AdamW with warm-up and cosine on what requires a gradient; returns the mean loss of the last tenth."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    losses = []
+    model.train()
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def evaluate(model: Any, split: Split, size: int = 64) -> dict[str, list[bool]]:
+    """Each question by itself: for each family, whether the whole answer is right, picture by picture.
+
+    A picture that has no question of the family is left out.
+    """
+    model.eval()
+    use_hidden_states(model, split)
+    asked = [(index, family, turn) for index in range(split.size) for family, turn in split.questions(index).items()]
+    found: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        dialogues = [encode_dialogue(image_then(""), [turn], learn_context=False) for _, _, turn in part]
+        batch = to_batch([index for index, _, _ in part], dialogues)
+        _, positions, mask, _, embeddings, labels = model.prepare_inputs_labels_for_multimodal(
+            batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
+        )
+        logits = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).logits
+        for (_, family, _), right in zip(part, answered_right(logits, labels).tolist()):
+            found[family].append(right)
+    return found
+
+
+def run(
+    projector_type: str,
+    seed: int,
+    vision_folder: Path,
+    language_folder: Path,
+    train: Split,
+    judged: Split,
+    steps: tuple[int, int],
+    batch: int,
+    learning_rates: tuple[float, float],
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Build, train both stages, answer; returns the losses and what `evaluate` found."""
+    torch.manual_seed(seed)
+    model = build(projector_type, vision_folder, language_folder)
+    use_hidden_states(model, train)
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    first = fit(model, caption_batches(train, seed, steps[0], batch), steps[0], learning_rates[0])
+    say(f"stage 1, loss {first:.3f}")
+    model.requires_grad_(True)
+    second = fit(model, question_batches(train, seed, steps[1], batch), steps[1], learning_rates[1])
+    say(f"stage 2, loss {second:.3f}")
+    return {"stage1_loss": first, "stage2_loss": second, "correct": evaluate(model, judged)}

@@ -1,0 +1,227 @@
+"""The spatial study: its ground truth against the pixels, its hidden states against LLaVA's tower, a run end to end."""
+
+import random
+import statistics
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.spatial import __main__ as command
+from benchmarks.spatial import language, report, study, vision
+from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
+from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
+from benchmarks.spatial.store import CachedTower, Split
+
+SCENES = [make_scene(random.Random(seed)) for seed in range(60)]
+
+
+def picture(scene):
+    return numpy.array(draw(scene, random.Random(0))).astype(int)
+
+
+def pixels_of(image, thing):
+    """Where the picture has the object's colour, within its bounding box."""
+    mask = (image == COLOURS[thing.colour]).all(-1)
+    box = numpy.zeros_like(mask)
+    box[thing.y - thing.radius : thing.y + thing.radius + 1, thing.x - thing.radius : thing.x + thing.radius + 1] = True
+    return mask & box
+
+
+@pytest.mark.parametrize("scene", SCENES[:20])
+def test_every_object_is_where_the_scene_says(scene):
+    image = picture(scene)
+    seen = numpy.zeros(image.shape[:2], dtype=bool)
+    for thing in scene:
+        rows, columns = numpy.nonzero(pixels_of(image, thing))
+        assert (columns.min() + columns.max()) / 2 == pytest.approx(thing.x, abs=1)
+        assert (rows.min() + rows.max()) / 2 == pytest.approx(thing.y, abs=1)
+        seen |= pixels_of(image, thing)
+    coloured = numpy.any([(image == colour).all(-1) for colour in COLOURS.values()], axis=0)
+    assert (coloured == seen).all()  # nothing else has an object's colour
+    assert len({thing.name for thing in scene}) == len(scene)
+
+
+@pytest.mark.parametrize("scene", SCENES[:20])
+def test_every_letter_can_be_read_off_the_picture(scene):
+    image = picture(scene)
+    for thing in scene:
+        window = image[thing.y - 3 : thing.y + 4, thing.x - 2 : thing.x + 3].sum(-1) == 0
+        found = [
+            letter
+            for letter, rows in GLYPHS.items()
+            if (window == [[row >> (4 - column) & 1 for column in range(5)] for row in rows]).all()
+        ]
+        assert found == [thing.letter]
+
+
+def answers(family, count=400):
+    for seed in range(count):
+        scene = SCENES[seed % len(SCENES)]
+        turn = ask(scene, random.Random(seed)).get(family)
+        if turn is not None:
+            yield scene, *turn
+
+
+def named(scene, text):
+    return [thing for thing in scene if thing.name in text]
+
+
+def test_answers_about_position():
+    for scene, question, answer in answers("absolute"):
+        (thing,) = named(scene, question)
+        row, column = map(int, answer.split())
+        cell = IMAGE_SIZE / CELLS
+        assert (row - 1) * cell <= thing.y < row * cell
+        assert (column - 1) * cell <= thing.x < column * cell
+    for scene, question, answer in answers("relative"):
+        words = question.split()
+        first, second = (next(t for t in scene if t.name == " ".join(words[at : at + 2])) for at in (3, 8))
+        angle = numpy.degrees(numpy.arctan2(first.y - second.y, first.x - second.x))
+        expected = {"right": 0, "below": 90, "left": 180, "above": -90}[answer]
+        assert abs((angle - expected + 180) % 360 - 180) <= 34
+    for scene, question, answer in answers("distance"):
+        (thing,) = (t for t in scene if question.endswith(f"the {t.name} ?"))
+        far = {t.name: numpy.hypot(t.x - thing.x, t.y - thing.y) for t in scene if t is not thing}
+        assert answer == (max if "farthest" in question else min)(far, key=far.get)
+
+
+def test_other_answers():
+    for scene, question, answer in answers("counting"):
+        word = question.split()[-2]
+        assert int(answer) == sum(word in (t.colour, t.shape) for t in scene) > 0
+    for scene, question, answer in answers("existence"):
+        assert answer == ("yes" if named(scene, question) else "no")
+    for scene, question, answer in answers("detail"):
+        (thing,) = named(scene, question)
+        assert answer == thing.letter
+
+
+def test_no_answer_is_right_most_of_the_time():
+    for family in FAMILIES:
+        given = [answer for _, _, answer in answers(family, 2000)]
+        assert max(map(given.count, set(given))) < 0.62 * len(given), family
+
+
+def test_splits_share_no_picture(tmp_path):
+    pictures = [Split(name, 50, tmp_path).scenes for name in ("train", "validation", "test")]
+    assert len({scene for scenes in pictures for scene in scenes}) == 150
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A quick study of one kind of projector, run by its command."""
+    folder = tmp_path_factory.mktemp("spatial")
+    run_command("--folder", str(folder))
+    return folder
+
+
+def run_command(*arguments):
+    import sys
+
+    before = sys.argv
+    sys.argv = ["spatial", "--quick", "--studies", "tokenpacker", *arguments]
+    try:
+        command.main()
+    finally:
+        sys.argv = before
+
+
+def test_a_study_from_start_to_plot(quick, capsys):
+    rows = study.read_rows(quick / "quick.csv")
+    assert {row["type"] for row in rows} == set(study.STUDIES["tokenpacker"][1])
+    assert {row["family"] for row in rows} == set(FAMILIES)
+    assert all(row["split"] == "validation" and row["visual_tokens"] == "36" for row in rows)
+    for row in rows:
+        right = study.from_hex(row["correct"], int(row["questions"]))
+        assert statistics.mean(right) == pytest.approx(float(row["accuracy"]), abs=1e-4)
+    assert "### tokenpacker, validation split, 1 seeds" in (quick / "quick.md").read_text()
+    with Image.open(quick / "quick.png") as drawn:
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 50
+    before = (quick / "quick.csv").read_text()
+    run_command("--folder", str(quick))  # nothing is left to run
+    assert (quick / "quick.csv").read_text() == before
+    assert "| `tokenpacker:layers=7` | 36 |" in capsys.readouterr().out
+
+
+def test_hidden_states_are_those_of_llavas_tower(quick):
+    from benchmarks.spatial.train import build
+
+    split = study.splits(study.QUICK, quick)["validation"]
+    model = build("tokenpacker:layers=4+7", quick / "vision", quick / "language")
+    tower = model.get_vision_tower().float()
+    images = tower.image_processor([split.picture(index) for index in range(3)], return_tensors="pt")["pixel_values"]
+    cached = CachedTower(split, tower.projector_layers)(torch.arange(3))
+    assert cached.shape == (3, 144, 2 * vision.WIDTH)
+    torch.testing.assert_close(cached, tower(images), rtol=2e-3, atol=2e-3)
+
+
+def test_the_export_is_what_llava_reads(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["spatial", "--quick", "--export", str(tmp_path)])
+    command.main()
+    import json
+
+    records = json.loads((tmp_path / "test-questions.json").read_text())
+    assert len(records) == 8
+    with Image.open(tmp_path / "images" / records[0]["image"]) as drawn:
+        assert drawn.size == (IMAGE_SIZE, IMAGE_SIZE)
+    turns = records[0]["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    assert turns[0]["value"].startswith("<image>\n")
+
+
+def test_dialogues_are_learned_where_the_assistant_speaks():
+    scene = SCENES[0]
+    turns = list(ask(scene, random.Random(0)).values())
+    ids, labels = language.encode_dialogue(language.encode(caption(scene)), turns, learn_context=False)
+    words = {number: word for word, number in language.VOCABULARY.items()}
+    learned = " ".join(words[label] for label in labels if label != language.IGNORE)
+    assert learned == " ".join(f"{answer} </s>" for _, answer in turns)
+    assert all(label in (language.IGNORE, number) for number, label in zip(ids, labels))
+
+
+def test_right_answers_are_right_to_the_last_token():
+    labels = torch.tensor([[-100, -100, 4, 5], [-100, -100, 4, 5]])
+    logits = torch.zeros(2, 4, 8)
+    logits[:, 1, 4] = logits[:, 2, 5] = 1.0
+    logits[1, 2, 6] = 2.0
+    assert language.answered_right(logits, labels).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("right", [[True], [False] * 5, [True, False, True, True, False, False, True, False, True]])
+def test_answers_survive_the_csv(right):
+    assert study.from_hex(study.to_hex(right), len(right)) == right
+
+
+def rows_with(accuracy, seeds=3, questions=600):
+    """Rows as of runs whose types are right so often, each answer by itself."""
+    rng = numpy.random.default_rng(0)
+    return [
+        {
+            "study": "tokenpacker", "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
+            "questions": str(questions), "correct": study.to_hex((rng.random(questions) < rate).tolist()),
+        }
+        for name, rate in accuracy.items()
+        for seed in range(seeds)
+        for family in FAMILIES
+    ]  # fmt: skip
+
+
+def test_intervals_are_as_wide_as_they_should_be():
+    results = report.Results(rows_with({"tokenpacker": 0.8, "tokenpacker:layers=7": 0.8}), "tokenpacker")
+    estimate, low, high = results.accuracy("tokenpacker", "all")
+    assert low < 0.8 < high
+    # Answers are independent: 3 seeds x 6 families x 600 questions; seeds and questions are both drawn.
+    expected = 2 * 1.96 * (0.8 * 0.2 / (3 * 6 * 600)) ** 0.5
+    assert expected < high - low < 2 * expected
+    assert estimate == pytest.approx(0.8, abs=0.02)
+    difference, low, high = results.difference("tokenpacker:layers=7", "tokenpacker", "position")
+    assert low < 0 < high
+    assert abs(difference) < 0.04
+
+
+def test_a_real_difference_is_seen():
+    results = report.Results(rows_with({"tokenpacker": 0.8, "tokenpacker:layers=7": 0.7}), "tokenpacker")
+    _, low, high = results.difference("tokenpacker:layers=7", "tokenpacker", "all")
+    assert -0.13 < low < high < -0.07
