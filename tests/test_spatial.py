@@ -10,6 +10,7 @@ from PIL import Image
 
 from benchmarks.spatial import __main__ as command
 from benchmarks.spatial import language, report, study, vision
+from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
 from benchmarks.spatial.store import CachedTower, Split
@@ -82,14 +83,14 @@ def test_answers_about_position():
         expected = {"right": 0, "below": 90, "left": 180, "above": -90}[answer]
         assert abs((angle - expected + 180) % 360 - 180) <= 34
     for scene, question, answer in answers("distance"):
-        (thing,) = (t for t in scene if question.endswith(f"the {t.name} ?"))
+        (thing,) = (t for t in scene if question.endswith(f"the {t.name}"))
         far = {t.name: numpy.hypot(t.x - thing.x, t.y - thing.y) for t in scene if t is not thing}
         assert answer == (max if "farthest" in question else min)(far, key=far.get)
 
 
 def test_other_answers():
     for scene, question, answer in answers("counting"):
-        word = question.split()[-2]
+        word = question.split()[-1]
         assert int(answer) == sum(word in (t.colour, t.shape) for t in scene) > 0
     for scene, question, answer in answers("existence"):
         assert answer == ("yes" if named(scene, question) else "no")
@@ -129,13 +130,17 @@ def run_command(*arguments):
 
 
 def test_a_study_from_start_to_plot(quick, capsys):
-    rows = study.read_rows(quick / "quick.csv")
+    everything = study.read_rows(quick / "quick.csv")
+    depth = [row for row in everything if row["study"] == study.DEPTH]
+    assert len(depth) == len(WHAT) * (vision.SELECTED + 1)
+    rows = [row for row in everything if row["study"] != study.DEPTH]
     assert {row["type"] for row in rows} == set(study.STUDIES["tokenpacker"][1])
     assert {row["family"] for row in rows} == set(FAMILIES)
     assert all(row["split"] == "validation" and row["visual_tokens"] == "36" for row in rows)
-    for row in rows:
+    for row in everything:
         right = study.from_hex(row["correct"], int(row["questions"]))
         assert statistics.mean(right) == pytest.approx(float(row["accuracy"]), abs=1e-4)
+    assert "| hidden state 7 |" in (quick / "quick.md").read_text()
     assert "### tokenpacker, validation split, 1 seeds" in (quick / "quick.md").read_text()
     with Image.open(quick / "quick.png") as drawn:
         assert len(drawn.convert("RGB").getcolors(2**24)) > 50

@@ -24,7 +24,7 @@ def relative(scene: Scene, rng: random.Random) -> Optional[Turn]:
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    return f"where is the {a.name} seen from the {b.name} ?", str(_side(a, b))
+    return f"where is the {a.name} seen from the {b.name}", str(_side(a, b))
 
 
 def _side(a: Thing, b: Thing) -> Optional[str]:
@@ -40,7 +40,7 @@ def absolute(scene: Scene, rng: random.Random) -> Optional[Turn]:
     """Row and column of an object's centre, on a grid of 5 x 5 cells."""
     thing = rng.choice(scene)
     row, column = (1 + value * CELLS // IMAGE_SIZE for value in (thing.y, thing.x))
-    return f"in which row and column is the {thing.name} ?", f"{row} {column}"
+    return f"in which row and column is the {thing.name}", f"{row} {column}"
 
 
 def distance(scene: Scene, rng: random.Random) -> Optional[Turn]:
@@ -49,7 +49,7 @@ def distance(scene: Scene, rng: random.Random) -> Optional[Turn]:
     for thing in rng.sample(scene, len(scene)):
         others = sorted((sign * math.dist((thing.x, thing.y), (o.x, o.y)), o.name) for o in scene if o is not thing)
         if others[1][0] - others[0][0] >= MARGIN:
-            return f"what is {word} the {thing.name} ?", others[0][1]
+            return f"what is {word} the {thing.name}", others[0][1]
     return None
 
 
@@ -57,25 +57,25 @@ def counting(scene: Scene, rng: random.Random) -> Optional[Turn]:
     """How many objects there are of a colour or a shape; never of one that is not there."""
     thing = rng.choice(scene)
     if rng.random() < 0.5:
-        return f"how many are {thing.colour} ?", str(sum(other.colour == thing.colour for other in scene))
-    return f"how many are a {thing.shape} ?", str(sum(other.shape == thing.shape for other in scene))
+        return f"how many are {thing.colour}", str(sum(other.colour == thing.colour for other in scene))
+    return f"how many are a {thing.shape}", str(sum(other.shape == thing.shape for other in scene))
 
 
 def existence(scene: Scene, rng: random.Random) -> Optional[Turn]:
     """Whether there is an object; one that is not there has a colour and a shape that are, where possible."""
     if rng.random() < 0.5:
-        return f"is there a {rng.choice(scene).name} ?", "yes"
+        return f"is there a {rng.choice(scene).name}", "yes"
     names = {thing.name for thing in scene}
     mixed = [f"{a.colour} {b.shape}" for a in scene for b in scene]
     everything = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     absent = [name for name in mixed if name not in names] or [name for name in everything if name not in names]
-    return f"is there a {rng.choice(absent)} ?", "no"
+    return f"is there a {rng.choice(absent)}", "no"
 
 
 def detail(scene: Scene, rng: random.Random) -> Optional[Turn]:
     """Which letter, seven pixels high, is on an object."""
     thing = rng.choice(scene)
-    return f"which letter is on the {thing.name} ?", thing.letter
+    return f"which letter is on the {thing.name}", thing.letter
 
 
 FAMILIES: dict[str, Callable[[Scene, random.Random], Optional[Turn]]] = {

@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         vision_steps: of the vision model's pre-training, 32 pictures each.
-        language_steps: of the LLM's, 64 texts each.
+        language_steps: of the LLM's, 32 texts each.
         pictures: of each split.
         steps: of stages 1 and 2.
         batch: pictures a step.
@@ -44,8 +44,8 @@ class Plan:
         ablation_seeds: how many.
     """
 
-    vision_steps: int = 1500
-    language_steps: int = 1200
+    vision_steps: int = 2000
+    language_steps: int = 3000
     pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
     steps: tuple[int, int] = (100, 250)
     batch: int = 32
