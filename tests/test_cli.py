@@ -21,6 +21,13 @@ def cli(*arguments, status=0, stderr=False, **environment):
     return done.stderr if stderr else done.stdout
 
 
+def test_as_a_module():
+    """Where the script is not on the PATH."""
+    command = [sys.executable, "-m", "llava_projectors", "list", "--json"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
+    assert done.stdout == cli("list", "--json")
+
+
 def test_list():
     out = cli("list")
     assert re.search(r"saep:stride=2 +144 tokens +75 % fewer", out)
