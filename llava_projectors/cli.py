@@ -46,7 +46,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     demo = commands.add_parser(
         "demo",
-        help="train and ask tiny LLaVAs with each projector, by LLaVA's own scripts (under 4 minutes on 2 cores)",
+        help="train and ask tiny LLaVAs with each projector, by LLaVA's own scripts (some minutes on 2 cores)",
         description="Makes tiny checkpoints and data offline, runs LLaVA's own pretraining and fine-tuning on each "
         "type, loads the checkpoints with LLaVA's own loader, asks a question, and prints one table. "
         "Needs LLaVA and the extra llava-projectors[demo]. Uses CUDA when there is one.",

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -41,8 +42,8 @@ class Split:
         rng = random.Random(self.name)
         return [make_scene(rng) for _ in range(self.size)]
 
-    def picture(self, index: int) -> Any:
-        """RGB, a PIL image."""
+    def picture(self, index: int) -> Image.Image:
+        """RGB."""
         return draw(self.scenes[index], random.Random(f"{self.name} {index}"))
 
     def caption(self, index: int) -> str:

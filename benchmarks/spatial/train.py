@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -141,7 +141,6 @@ def run(
     steps: tuple[int, int],
     batch: int,
     learning_rates: tuple[float, float],
-    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Build, train both stages, answer; returns the losses and what `evaluate` found."""
     torch.manual_seed(seed)
@@ -150,8 +149,6 @@ def run(
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     first = fit(model, caption_batches(train, seed, steps[0], batch), steps[0], learning_rates[0])
-    say(f"stage 1, loss {first:.3f}")
     model.requires_grad_(True)
     second = fit(model, question_batches(train, seed, steps[1], batch), steps[1], learning_rates[1])
-    say(f"stage 2, loss {second:.3f}")
     return {"stage1_loss": first, "stage2_loss": second, "correct": evaluate(model, judged)}
