@@ -100,7 +100,8 @@ def test_round_trip(lora_runs, tmp_path, projector_type, road):
 
     merged = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "llava-merged", torch_dtype=torch.float32)
     merged.get_vision_tower().load_model()
-    torch.testing.assert_close(logits(merged), expected, rtol=0.05, atol=0.02)  # it went through half precision
+    # It went through half precision, whose rounding single logits may show tenfold.
+    assert (logits(merged) - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("projector_type", OURS)
