@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from benchmarks.spatial.questions import conversation
-from benchmarks.spatial.report import plot, tables
+from benchmarks.spatial.report import write_report
 from benchmarks.spatial.store import Split
 from benchmarks.spatial.study import FULL, QUICK, STUDIES, read_rows, study
 
@@ -45,11 +45,7 @@ def main() -> None:
         study(plan, arguments.folder, arguments.csv, tuple(arguments.studies), arguments.workers)
     if not arguments.csv.exists():
         parser.error(f"{arguments.csv} does not exist: run the study first, or say where it is with --csv")
-    rows = read_rows(arguments.csv)
-    report = tables(rows)
-    arguments.csv.with_suffix(".md").write_text(report)
-    plot(rows, arguments.csv.with_suffix(".png"))
-    print(report)
+    print(write_report(read_rows(arguments.csv), arguments.csv))
     print(f"Written: {arguments.csv}, and beside it .md and .png")
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.spatial.questions import CELLS, FAMILIES, Turn, ask, caption
-from benchmarks.spatial.scenes import COLOURS, GLYPHS, MOST_OBJECTS, SHAPES, make_scene
+from benchmarks.spatial.scenes import COLOURS, GLYPHS, KINDS, MOST_OBJECTS, SHAPES, make_scene
 
 WIDTH, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 384
 IGNORE = -100  # label of a position without a loss, as in LLaVA
@@ -19,7 +19,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "USER:", "ASSISTANT:")
 
 
 # The name of an object is one token, as a common word pair is in a large vocabulary.
-_WORD = re.compile("|".join([*(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES), r"\S+"]))
+_WORD = re.compile("|".join([*KINDS, r"\S+"]))
 
 
 def _words() -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy
 
-from benchmarks.spatial.scenes import GLYPHS, PATCH_SIZE, PATCHES_A_SIDE, Thing
+from benchmarks.spatial.scenes import GLYPHS, KINDS, PATCH_SIZE, PATCHES_A_SIDE, Thing
 from benchmarks.spatial.store import Split
-from benchmarks.spatial.vision import KINDS, SELECTED
+from benchmarks.spatial.vision import SELECTED
 
 # How near, in pixels, an object's centre has to be read off the patch that holds it.
 NEAR = 2.0

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Optional
 
-from benchmarks.spatial.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene, Thing
+from benchmarks.spatial.scenes import IMAGE_SIZE, KINDS, Scene, Thing
 
 Turn = tuple[str, str]  # question, answer
 
@@ -39,8 +39,7 @@ def _side(a: Thing, b: Thing) -> Optional[str]:
 def absolute(scene: Scene, rng: random.Random) -> Optional[Turn]:
     """Row and column of an object's centre, on a grid of 5 x 5 cells."""
     thing = rng.choice(scene)
-    row, column = (1 + value * CELLS // IMAGE_SIZE for value in (thing.y, thing.x))
-    return f"in which row and column is the {thing.name}", f"{row} {column}"
+    return f"in which row and column is the {thing.name}", _cell_of(thing)
 
 
 def distance(scene: Scene, rng: random.Random) -> Optional[Turn]:
@@ -67,8 +66,7 @@ def existence(scene: Scene, rng: random.Random) -> Optional[Turn]:
         return f"is there a {rng.choice(scene).name}", "yes"
     names = {thing.name for thing in scene}
     mixed = [f"{a.colour} {b.shape}" for a in scene for b in scene]
-    everything = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    absent = [name for name in mixed if name not in names] or [name for name in everything if name not in names]
+    absent = [name for name in mixed if name not in names] or [name for name in KINDS if name not in names]
     return f"is there a {rng.choice(absent)}", "no"
 
 
@@ -98,11 +96,12 @@ def ask(scene: Scene, rng: random.Random) -> dict[str, Turn]:
 def caption(scene: Scene) -> str:
     """What there is, in reading order: the text of stage 1."""
     things = sorted(scene, key=lambda thing: (thing.y, thing.x))
-    return " , ".join(f"{thing.name} {thing.letter} at {_cell(thing.y)} {_cell(thing.x)}" for thing in things)
+    return " , ".join(f"{thing.name} {thing.letter} at {_cell_of(thing)}" for thing in things)
 
 
-def _cell(value: int) -> str:
-    return str(1 + value * CELLS // IMAGE_SIZE)
+def _cell_of(thing: Thing) -> str:
+    """Row and column of its centre, from 1."""
+    return f"{1 + thing.y * CELLS // IMAGE_SIZE} {1 + thing.x * CELLS // IMAGE_SIZE}"
 
 
 def conversation(identifier: str, turns: list[Turn]) -> dict[str, Any]:

@@ -89,10 +89,14 @@ def _interval(drawn: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def tables(rows: Sequence[dict[str, str]]) -> str:
-    """Markdown: what the hidden states know, then a table a study."""
+def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
+    """Tables as Markdown (returned as well) and a plot, beside the CSV of this path."""
     found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    return _depth_table(rows) + "\n".join(_table(Results(rows, study)) for study in found)
+    results = [Results(rows, study) for study in found]
+    report = _depth_table(rows) + "\n".join(map(_table, results))
+    path.with_suffix(".md").write_text(report)
+    _plot(results, path.with_suffix(".png"))
+    return report
 
 
 def _depth_table(rows: Sequence[dict[str, str]]) -> str:
@@ -136,24 +140,21 @@ def _points(interval: Interval) -> str:
     return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def plot(rows: Sequence[dict[str, str]], target: Path) -> None:
+def _plot(found: Sequence[Results], target: Path) -> None:
     """Accuracy with intervals, a row of panels a study."""
-    found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
-    results = {study: Results(rows, study) for study in found}
-    heights = [max(2.4, 0.3 * len(results[study].types) + 1) for study in found]
+    heights = [max(2.4, 0.3 * len(results.types) + 1) for results in found]
     size = (2.1 * len(FIGURES) + 2, sum(heights))
     figure, axes = pyplot.subplots(
         len(found), len(FIGURES), squeeze=False, figsize=size, height_ratios=heights, layout="constrained", sharey="row"
     )
-    for panels, study in zip(axes, found):
+    for panels, results in zip(axes, found):
         for axis, name in zip(panels, FIGURES):
-            _dots(axis, results[study], name)
-        labels = [f"{name}, {results[study].tokens[name]}" for name in results[study].types]
+            _dots(axis, results, name)
+        labels = [f"{name}, {results.tokens[name]}" for name in results.types]
         panels[0].set_yticks(range(len(labels)), labels)
         panels[0].invert_yaxis()
-        panels[0].set_ylabel(f"{study}\n({STUDIES[study][0]} split)")
+        panels[0].set_ylabel(f"{results.study}\n({STUDIES[results.study][0]} split)")
     figure.suptitle("Answers that are right, % (dots: mean of the seeds; bars: 95 % interval; line: the first type)")
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=80)
     pyplot.close(figure)
 

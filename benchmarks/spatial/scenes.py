@@ -19,6 +19,7 @@ COLOURS = {
     "cyan": (60, 195, 205),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # Five columns and seven rows of pixels, a row a number.
 GLYPHS = {
     "A": (14, 17, 17, 31, 17, 17, 17),
@@ -70,15 +71,15 @@ Scene = tuple[Thing, ...]
 
 def make_scene(rng: random.Random) -> Scene:
     """Three to six objects at free positions and sizes, none over another."""
-    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     number = rng.randint(FEWEST_OBJECTS, MOST_OBJECTS)
     things: list[Thing] = []
-    for colour, shape in rng.sample(kinds, number):
+    for kind in rng.sample(KINDS, number):
         while True:
             radius = rng.randint(SMALLEST_RADIUS, LARGEST_RADIUS)
             x, y = (rng.randint(radius, IMAGE_SIZE - 1 - radius) for _ in range(2))
             if all(max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 2 for t in things):
                 break
+        colour, shape = kind.split()
         things.append(Thing(colour, shape, rng.choice(list(GLYPHS)), x, y, radius))
     return tuple(things)
 

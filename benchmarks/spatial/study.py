@@ -25,8 +25,7 @@ from benchmarks.spatial.store import Split
 from benchmarks.spatial.train import run
 from llava_projectors import registry
 from llava_projectors.benchmarks import measure
-
-STOCK = "mlp2x_gelu"
+from llava_projectors.benchmarks.models import STOCK
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from benchmarks.spatial.scenes import (
     COLOURS,
     GLYPHS,
     IMAGE_SIZE,
+    KINDS,
     PATCH_SIZE,
     PATCHES_A_SIDE,
     SHAPES,
@@ -34,7 +35,6 @@ WIDTH, LAYERS, HEADS = 128, 8, 4
 SELECT_LAYER = -2
 SELECTED = LAYERS + 1 + SELECT_LAYER  # the hidden state of that index
 DENSE_LAYER = LAYERS // 2
-KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # What a patch may be asked: which colour, shape and letter; 0 is none.
 DENSE = {"colour": list(COLOURS), "shape": list(SHAPES), "letter": list(GLYPHS)}
 
