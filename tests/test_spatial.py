@@ -2,6 +2,7 @@
 
 import random
 import statistics
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -151,8 +152,11 @@ def test_a_study_from_start_to_plot(quick, capsys):
 
 
 def test_hidden_states_are_those_of_llavas_tower(quick):
-    from benchmarks.spatial.train import build
+    from llava.constants import IMAGE_TOKEN_INDEX
 
+    from benchmarks.spatial.train import IMAGE, build
+
+    assert IMAGE == IMAGE_TOKEN_INDEX
     split = study.splits(study.QUICK, quick)["validation"]
     model = build("tokenpacker:layers=4+7", quick / "vision", quick / "language")
     tower = model.get_vision_tower().float()
@@ -179,11 +183,29 @@ def test_the_export_is_what_llava_reads(quick, tmp_path, monkeypatch):
 def test_dialogues_are_learned_where_the_assistant_speaks():
     scene = SCENES[0]
     turns = list(ask(scene, random.Random(0)).values())
-    ids, labels = language.encode_dialogue(language.encode(caption(scene)), turns, learn_context=False)
+    ids, labels = language.encode_dialogue(language.encode(caption(scene)), turns)
     words = {number: word for word, number in language.VOCABULARY.items()}
     learned = " ".join(words[label] for label in labels if label != language.IGNORE)
     assert learned == " ".join(f"{answer} </s>" for _, answer in turns)
     assert all(label in (language.IGNORE, number) for number, label in zip(ids, labels))
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_the_llm_is_told_what_the_scene_holds(difficulty):
+    embed = torch.nn.Embedding(len(language.VOCABULARY), 64)
+    model = SimpleNamespace(get_input_embeddings=lambda: embed)
+    scene = SCENES[0]
+    batch = language.scene_batch(model, [scene], [[("", caption(scene))]], random.Random(0), difficulty)
+    told = batch["inputs_embeds"][0]
+    assert len(told) == batch["labels"].shape[1] == batch["attention_mask"].shape[1]
+    for thing in scene:
+        expected = sum(embed.weight[language.VOCABULARY[word]] for word in (thing.colour, thing.shape, thing.letter))
+        for axis, value in (("x", thing.x), ("y", thing.y)):
+            exact = 4 * value / IMAGE_SIZE
+            near = [embed.weight[language.VOCABULARY[f"{axis}{number}"]] for number in range(5)]
+            expected = expected + sum(max(0.0, 1 - abs(exact - number)) * near[number] for number in range(5))
+        distance = (told - expected).norm(dim=1).min()
+        assert distance < 1e-3 if difficulty == 0 else distance > 1e-3
 
 
 def test_right_answers_are_right_to_the_last_token():

@@ -1,22 +1,46 @@
-"""The study's LLM: a small Llama that first learns the language of captions and questions, without pictures."""
+"""The study's LLM: a small Llama that first learns the language of captions and questions, without pictures.
+
+In the place of a picture it is given points of its objects, in any order, each the sum of the
+embeddings of the words that describe it, blurred. So it knows the language, and how an answer is
+found in what is seen, before the first visual token, as a large LLM does; to say what is where in
+those words is left to the projector.
+"""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.questions import CELLS, FAMILIES, Turn, ask, caption
-from benchmarks.spatial.scenes import COLOURS, GLYPHS, KINDS, MOST_OBJECTS, SHAPES, make_scene
+from benchmarks.spatial.scenes import (
+    COLOURS,
+    GLYPHS,
+    IMAGE_SIZE,
+    KINDS,
+    MOST_OBJECTS,
+    PATCHES_A_SIDE,
+    SHAPES,
+    Scene,
+    Thing,
+    make_scene,
+)
 
 WIDTH, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 384
 IGNORE = -100  # label of a position without a loss, as in LLaVA
-SPECIAL = ("<pad>", "<s>", "</s>", "USER:", "ASSISTANT:")
-
+# No word before an answer: the last word of a question is the object it is about, and one step of
+# attention finds that. With LLaVA's "ASSISTANT:" between, a model of this size learns much later.
+SPECIAL = ("<pad>", "<s>", "</s>", "USER:")
+# Tokens in the place of a picture, what is seen stands in any of them; up to as many as the full grid has.
+FEWEST_PLACES, MOST_PLACES = 20, PATCHES_A_SIDE**2
+POSITIONS = 5  # words of position on each axis; what lies between two is a mixture of them
+MOST_BLUR = 2.0  # of what is seen, in standard deviations
 
 # The name of an object is one token, as a common word pair is in a large vocabulary.
 _WORD = re.compile("|".join([*KINDS, r"\S+"]))
@@ -25,7 +49,8 @@ _WORD = re.compile("|".join([*KINDS, r"\S+"]))
 def _words() -> list[str]:
     """Every word of the generator, found by asking it: fixed, because its seed is."""
     rng = random.Random("words")
-    words = {*COLOURS, *SHAPES, *GLYPHS, *map(str, range(max(CELLS, MOST_OBJECTS) + 1))}
+    positions = {f"{axis}{number}" for axis in "xy" for number in range(POSITIONS)}
+    words = {*positions, *COLOURS, *SHAPES, *GLYPHS, *map(str, range(max(CELLS, MOST_OBJECTS) + 1))}
     for _ in range(1000):
         scene = make_scene(rng)
         for text in (caption(scene), *(part for turn in ask(scene, rng).values() for part in turn)):
@@ -41,15 +66,15 @@ def encode(text: str) -> list[int]:
     return [VOCABULARY[word] for word in _WORD.findall(text)]
 
 
-def encode_dialogue(context: list[int], turns: list[Turn], learn_context: bool) -> tuple[list[int], list[int]]:
+def encode_dialogue(context: list[int], turns: list[Turn]) -> tuple[list[int], list[int]]:
     """Token ids and labels: what stands before the questions, then question and answer in turn.
 
-    Labels are the answers and their end; the context as well, if it is to be learned.
+    Labels are the answers and their end.
     """
     ids = [VOCABULARY["<s>"], *context]
-    labels = [IGNORE, *(context if learn_context else [IGNORE] * len(context))]
+    labels = [IGNORE] * len(ids)
     for question, answer in turns:
-        asked = [VOCABULARY["USER:"], *encode(question), VOCABULARY["ASSISTANT:"]]
+        asked = [VOCABULARY["USER:"], *encode(question)]
         answered = [*encode(answer), VOCABULARY["</s>"]]
         ids += asked + answered
         labels += [IGNORE] * len(asked) + answered
@@ -76,6 +101,7 @@ def config_values() -> dict[str, Any]:
         "max_position_embeddings": 512,
         # About 1/sqrt(WIDTH). With transformers' 0.02, made for wide models, nothing is learned for a thousand steps.
         "initializer_range": 0.08,
+        "attention_bias": True,
         "pad_token_id": VOCABULARY["<pad>"],
         "bos_token_id": VOCABULARY["<s>"],
         "eos_token_id": VOCABULARY["</s>"],
@@ -88,46 +114,90 @@ def answered_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((predicted == expected) | (expected == IGNORE)).all(1)
 
 
-def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1e-3) -> dict[str, float]:
-    """Train on captions, each followed by its questions; returns the accuracy of each family, given a caption."""
-    from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+def scene_batch(
+    model: Any, scenes: Sequence[Scene], turns: Sequence[list[Turn]], rng: random.Random, difficulty: float = 0.0
+) -> dict[str, Any]:
+    """The arguments of the model's forward: what is seen of each scene, then a dialogue about it.
+
+    `difficulty`, 0 to 1, blurs what is seen and spreads it over more places.
+    """
+    places = rng.randint(FEWEST_PLACES, FEWEST_PLACES + round(difficulty * (MOST_PLACES - FEWEST_PLACES)))
+    batch = pad([encode_dialogue([VOCABULARY["<pad>"]] * places, dialogue) for dialogue in turns])
+    words = torch.zeros(len(scenes), places, len(VOCABULARY))
+    for row, scene in zip(words, scenes):
+        seen = [point for thing in scene for point in points(thing, rng, 1 + places // 16)]
+        for place, point in zip(rng.sample(range(places), len(seen)), seen):
+            for word, weight in point.items():
+                row[place, VOCABULARY[word]] = weight
+    embed = model.get_input_embeddings()
+    sums = words @ embed.weight
+    blur = MOST_BLUR * difficulty * torch.rand(len(scenes), 1, 1) * sums.detach()[words.any(2)].std()
+    text = embed(batch.pop("input_ids"))
+    sums = sums + blur * torch.randn_like(sums)
+    return {"inputs_embeds": torch.cat([text[:, :1], sums, text[:, 1 + places :]], dim=1), **batch}
+
+
+def points(thing: Thing, rng: random.Random, most_others: int) -> Iterator[dict[str, float]]:
+    """What there is to say, and how much of it, of an object's centre, which has the letter, and of other points."""
+    yield {**_look(thing, thing.x, thing.y), thing.letter: 1.0}
+    for _ in range(rng.randint(0, most_others)):
+        yield _look(thing, *(centre + rng.randint(-thing.radius, thing.radius) for centre in (thing.x, thing.y)))
+
+
+def _look(thing: Thing, x: int, y: int) -> dict[str, float]:
+    """Colour, shape and position, which is between two words of each axis."""
+    found = {thing.colour: 1.0, thing.shape: 1.0}
+    for axis, value in (("x", x), ("y", y)):
+        exact = value / IMAGE_SIZE * (POSITIONS - 1)
+        found[f"{axis}{int(exact)}"] = 1 - exact % 1
+        found[f"{axis}{int(exact) + 1}"] = exact % 1
+    return found
+
+
+def some_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Two questions of each family and the caption, in any order."""
+    turns = [turn for _ in range(2) for turn in ask(scene, rng).values()]
+    return rng.sample(turns, len(turns))
+
+
+def pretrain(folder: Path, steps: int, batch: int = 16, learning_rate: float = 1e-3) -> dict[str, float]:
+    """Train on dialogues about scenes; returns the accuracy of each family, given what is seen."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     rng = random.Random("language")
     model = LlamaForCausalLM(LlamaConfig(**config_values()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    progress = tqdm(range(steps), desc="language model", unit=" step")
-    for step in progress:
-        rows = []
-        for _ in range(batch):
-            scene = make_scene(rng)
-            turns = [turn for _ in range(2) for turn in ask(scene, rng).values()]
-            rng.shuffle(turns)
-            # Captions are soon learned as far as they can be; answers take longer.
-            rows.append(encode_dialogue(encode(caption(scene)), turns, learn_context=step % 4 == 0))
-        loss = model(**pad(rows)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix_str(f"loss {loss.item():.3f}")
+    losses = (_loss(model, step, steps, [make_scene(rng) for _ in range(batch)], rng) for step in range(steps))
+    values = minimize(losses, list(model.parameters()), steps, learning_rate, weight_decay=0.01)
+    progress = tqdm(values, desc="language model", unit=" step", total=steps)
+    for value in progress:
+        progress.set_postfix_str(f"loss {value:.3f}", refresh=False)
     model.save_pretrained(folder)
-    return _accuracy(model, random.Random("language, held out"))
+    return accuracy(model, random.Random("language, held out"))
+
+
+def _loss(model: Any, step: int, steps: int, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
+    turns = [some_turns(scene, rng) for scene in scenes]
+    # Captions are soon learned as far as they can be; answers take longer.
+    if step % 4 == 0:
+        turns = [[("", caption(scene)), *dialogue] for scene, dialogue in zip(scenes, turns)]
+    # Exact at first, or nothing is learned; then ever less so, or no projector comes near enough to begin with.
+    difficulty = min(1.0, max(0.0, (step / steps - 0.4) / 0.3))
+    loss: torch.Tensor = model(**scene_batch(model, scenes, turns, rng, difficulty)).loss
+    return loss
 
 
 @torch.no_grad()
-def _accuracy(model: Any, rng: random.Random, questions: int = 256) -> dict[str, float]:
-    asked: dict[str, list[tuple[list[int], list[int]]]] = {family: [] for family in FAMILIES}
+def accuracy(model: Any, rng: random.Random, questions: int = 256) -> dict[str, float]:
+    """How often all of an answer is right, for each family, given the objects."""
+    asked: dict[str, list[tuple[Scene, list[Turn]]]] = {family: [] for family in FAMILIES}
     for _ in range(questions):
         scene = make_scene(rng)
         for family, turn in ask(scene, rng).items():
-            asked[family].append(encode_dialogue(encode(caption(scene)), [turn], learn_context=False))
+            asked[family].append((scene, [turn]))
     found = {}
-    for family, rows in asked.items():
-        batch = pad(rows)
+    for family, pairs in asked.items():
+        batch = scene_batch(model, [scene for scene, _ in pairs], [turns for _, turns in pairs], rng)
         labels = batch.pop("labels")
         found[family] = answered_right(model(**batch).logits, labels).float().mean().item()
     return found

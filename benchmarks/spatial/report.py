@@ -14,9 +14,11 @@ from matplotlib import pyplot
 
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
+from benchmarks.spatial.scenes import PATCHES_A_SIDE
 from benchmarks.spatial.study import DEPTH, STUDIES, from_hex
 
 DRAWS = 2000
+OURS = ("saep", "tokenpacker")
 Interval = tuple[float, float, float]  # estimate, lower and upper end of the 95 % interval
 
 # What is averaged: every family by itself, all of them, and those about position.
@@ -93,7 +95,9 @@ def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     """Tables as Markdown (returned as well) and a plot, beside the CSV of this path."""
     found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     results = [Results(rows, study) for study in found]
-    report = _depth_table(rows) + "\n".join(map(_table, results))
+    tables = [_table(found) for found in results]
+    tables += [_lead_table(found) for found in results if found.study == "comparison"]
+    report = _depth_table(rows) + "\n".join(tables)
     path.with_suffix(".md").write_text(report)
     _plot(results, path.with_suffix(".png"))
     return report
@@ -128,6 +132,27 @@ def _table(results: Results) -> str:
         cells = (f"`{name}`", str(results.tokens[name]), whole, versus, position, *families)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _lead_table(results: Results) -> str:
+    """How far our two types are ahead of the others with as many tokens, on the position families."""
+    kinds = list(dict.fromkeys(_kind(name) for name in results.types if results.tokens[name] < PATCHES_A_SIDE**2))
+    others = [kind for kind in kinds if kind not in OURS]
+    lines = [
+        f"### {results.study}: points ahead on the position families, of the types with as many tokens",
+        "",
+        f"| type | tokens | {' | '.join(f'`{kind}`' for kind in others)} |",
+        f"|---|---|{'---|' * len(others)}",
+    ]
+    for name in (name for kind in OURS for name in results.types if _kind(name) == kind):
+        rivals = {_kind(other): other for other in results.types if results.tokens[other] == results.tokens[name]}
+        leads = (_points(results.difference(name, rivals[kind], "position")) for kind in others)
+        lines.append(f"| {' | '.join([f'`{name}`', str(results.tokens[name]), *leads])} |")
+    return "\n".join([*lines, ""])
+
+
+def _kind(name: str) -> str:
+    return name.partition(":")[0]
 
 
 def _percent(interval: Interval) -> str:

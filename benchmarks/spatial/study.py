@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         vision_steps: of the vision model's pre-training, 32 pictures each.
-        language_steps: of the LLM's, 32 texts each.
+        language_steps: of the LLM's, 16 dialogues each.
         pictures: of each split.
         steps: of stages 1 and 2.
         batch: pictures a step.
@@ -43,8 +43,8 @@ class Plan:
         ablation_seeds: how many.
     """
 
-    vision_steps: int = 2000
-    language_steps: int = 3000
+    vision_steps: int = 1500
+    language_steps: int = 3500
     pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
     steps: tuple[int, int] = (100, 250)
     batch: int = 32
@@ -87,18 +87,15 @@ STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
             "saep:layers=7",
             "saep:layers=4+7",
             "saep:layers=1+3+5+7",
-            "saep:layers=2+4+6+7",
-            "saep:kernel_size=2",
             "saep:kernel_size=5",
             "saep:order=depthwise_first",
             "saep:shortcut=none",
-            "saep:inner_size=64",
             "saep:inner_size=256",
         ),
     ),
     "tokenpacker": (
         "validation",
-        ("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=4+7", "tokenpacker:layers=1+3+5+7"),
+        ("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7"),
     ),
 }
 

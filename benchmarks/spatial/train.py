@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from benchmarks.spatial import vision
-from benchmarks.spatial.language import answered_right, encode, encode_dialogue, pad
+from benchmarks.spatial.language import answered_right, encode_dialogue, pad
+from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.questions import FAMILIES
 from benchmarks.spatial.store import CachedTower, Split
 
 Batch = dict[str, torch.Tensor]
+IMAGE = -200  # the picture's place in LLaVA's token ids, llava.constants.IMAGE_TOKEN_INDEX
 
 
 def build(projector_type: str, vision_folder: Path, language_folder: Path) -> Any:
@@ -50,17 +52,10 @@ def to_batch(indices: list[int], dialogues: list[tuple[list[int], list[int]]]) -
     return {**pad(dialogues), "images": torch.tensor(indices)}
 
 
-def image_then(text: str) -> list[int]:
-    """The picture's place, then the text."""
-    from llava.constants import IMAGE_TOKEN_INDEX
-
-    return [IMAGE_TOKEN_INDEX, *encode(text)]
-
-
 def caption_batches(split: Split, seed: int, steps: int, size: int) -> Iterator[Batch]:
     """Stage 1: pictures and what is in them."""
     for indices, _ in _shuffled(split, seed, steps, size):
-        dialogues = [encode_dialogue(image_then(split.caption(index)), [], learn_context=True) for index in indices]
+        dialogues = [encode_dialogue([IMAGE], [("", split.caption(index))]) for index in indices]
         yield to_batch(indices, dialogues)
 
 
@@ -71,7 +66,7 @@ def question_batches(split: Split, seed: int, steps: int, size: int) -> Iterator
         dialogues = []
         for index in indices:
             turns = list(split.questions(index, epoch).values())
-            dialogues.append(encode_dialogue(image_then(""), rng.sample(turns, len(turns)), learn_context=False))
+            dialogues.append(encode_dialogue([IMAGE], rng.sample(turns, len(turns))))
         yield to_batch(indices, dialogues)
 
 
@@ -88,22 +83,10 @@ def _shuffled(split: Split, seed: int, steps: int, size: int) -> Iterator[tuple[
 
 
 def fit(model: Any, batches: Iterable[Batch], steps: int, learning_rate: float) -> float:
-    """AdamW with warm-up and cosine on what requires a gradient; returns the mean loss of the last tenth."""
-    from transformers import get_cosine_schedule_with_warmup
-
+    """Train what requires a gradient; returns the mean loss of the last tenth of the steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    losses = []
     model.train()
-    for batch in batches:
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = list(minimize((model(**batch).loss for batch in batches), parameters, steps, learning_rate))
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -120,7 +103,7 @@ def evaluate(model: Any, split: Split, size: int = 64) -> dict[str, list[bool]]:
     found: dict[str, list[bool]] = {family: [] for family in FAMILIES}
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
-        dialogues = [encode_dialogue(image_then(""), [turn], learn_context=False) for _, _, turn in part]
+        dialogues = [encode_dialogue([IMAGE], [turn]) for _, _, turn in part]
         batch = to_batch([index for index, _, _ in part], dialogues)
         _, positions, mask, _, embeddings, labels = model.prepare_inputs_labels_for_multimodal(
             batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]

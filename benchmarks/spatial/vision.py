@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.scenes import (
     COLOURS,
     GLYPHS,
@@ -35,8 +36,15 @@ WIDTH, LAYERS, HEADS = 128, 8, 4
 SELECT_LAYER = -2
 SELECTED = LAYERS + 1 + SELECT_LAYER  # the hidden state of that index
 DENSE_LAYER = LAYERS // 2
-# What a patch may be asked: which colour, shape and letter; 0 is none.
-DENSE = {"colour": list(COLOURS), "shape": list(SHAPES), "letter": list(GLYPHS)}
+# What a patch is asked, and the weight of each question: the letter is in one patch of thirty. Without
+# the last two, a patch forgets where it is, which CLIP's patches do not.
+DENSE: dict[str, tuple[list[Any], float]] = {
+    "colour": (list(COLOURS), 1.0),
+    "shape": (list(SHAPES), 1.0),
+    "letter": (list(GLYPHS), 10.0),
+    "row": (list(range(PATCHES_A_SIDE)), 1.0),
+    "column": (list(range(PATCHES_A_SIDE)), 1.0),
+}
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -50,15 +58,17 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def dense_labels(scene: Scene) -> torch.Tensor:
-    """What covers the centre of each patch, and the letter whose centre it holds: [3, H, W]."""
+    """What covers the centre of each patch, the letter whose centre it holds, and where it is; 0 is none: [5, H, W]."""
     labels = torch.zeros(len(DENSE), PATCHES_A_SIDE, PATCHES_A_SIDE, dtype=torch.long)
+    labels[3] = 1 + torch.arange(PATCHES_A_SIDE)[:, None]
+    labels[4] = 1 + torch.arange(PATCHES_A_SIDE)
     for thing in scene:
         for row in range(PATCHES_A_SIDE):
             for column in range(PATCHES_A_SIDE):
                 if thing.covers((column + 0.5) * PATCH_SIZE, (row + 0.5) * PATCH_SIZE):
-                    labels[0, row, column] = 1 + DENSE["colour"].index(thing.colour)
-                    labels[1, row, column] = 1 + DENSE["shape"].index(thing.shape)
-        labels[2, thing.y // PATCH_SIZE, thing.x // PATCH_SIZE] = 1 + DENSE["letter"].index(thing.letter)
+                    labels[0, row, column] = 1 + list(COLOURS).index(thing.colour)
+                    labels[1, row, column] = 1 + SHAPES.index(thing.shape)
+        labels[2, thing.y // PATCH_SIZE, thing.x // PATCH_SIZE] = 1 + list(GLYPHS).index(thing.letter)
     return labels
 
 
@@ -85,41 +95,35 @@ def make_model() -> Any:
 
 def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1e-3) -> None:
     """Train on scenes made on the way, and write a checkpoint that LLaVA's tower loads."""
-    from transformers import CLIPImageProcessor, get_cosine_schedule_with_warmup
+    from transformers import CLIPImageProcessor
 
     torch.manual_seed(0)
     rng = random.Random("vision")
     model = make_model()
-    heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(values)) for name, values in DENSE.items()})
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(values)) for name, (values, _) in DENSE.items()})
     heads["picture"] = nn.Linear(WIDTH, len(KINDS) + len(GLYPHS))
+    losses = (_loss(model, heads, [make_scene(rng) for _ in range(batch)], rng) for _ in range(steps))
     parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    progress = tqdm(range(steps), desc="vision model", unit=" step")
-    for step in progress:
-        scenes = [make_scene(rng) for _ in range(batch)]
-        out = model(normalize(torch.stack([pixels(draw(s, rng)) for s in scenes])), output_hidden_states=True)
-        patches = out.hidden_states[DENSE_LAYER][:, 1:]
-        labels = torch.stack([dense_labels(s) for s in scenes]).flatten(2)
-        dense = [
-            F.cross_entropy(heads[name](patches).flatten(0, 1), labels[:, number].flatten())
-            for number, name in enumerate(DENSE)
-        ]
-        picture = F.binary_cross_entropy_with_logits(
-            heads["picture"](out.pooler_output), torch.stack([picture_labels(s) for s in scenes])
-        )
-        # The letter is in one patch of thirty, a picture's kinds are a few of many: weighted up.
-        loss = sum(dense[:2]) + 10 * dense[2] + 3 * picture
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix_str(" ".join(f"{float(x):.3f}" for x in [*dense, picture]))
+    values = minimize(losses, parameters, steps, learning_rate, weight_decay=0.05, warmup=0.1)
+    progress = tqdm(values, desc="vision model", unit=" step", total=steps)
+    for value in progress:
+        progress.set_postfix_str(f"loss {value:.3f}", refresh=False)
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mean, deviation = [0.5] * 3, [64 / 255] * 3
     CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=mean, image_std=deviation
     ).save_pretrained(folder)
+
+
+def _loss(model: Any, heads: nn.ModuleDict, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
+    out = model(normalize(torch.stack([pixels(draw(scene, rng)) for scene in scenes])), output_hidden_states=True)
+    patches = out.hidden_states[DENSE_LAYER][:, 1:].flatten(0, 1)
+    labels = torch.stack([dense_labels(scene) for scene in scenes], dim=1).flatten(1)
+    loss = sum(
+        weight * F.cross_entropy(heads[name](patches), expected)
+        for (name, (_, weight)), expected in zip(DENSE.items(), labels)
+    )
+    held = torch.stack([picture_labels(scene) for scene in scenes])
+    # A picture's kinds are a few of many: weighted up, as the letter is.
+    return loss + 3 * F.binary_cross_entropy_with_logits(heads["picture"](out.pooler_output), held)
