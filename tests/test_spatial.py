@@ -135,14 +135,14 @@ def test_a_study_from_start_to_plot(quick, capsys):
     depth = [row for row in everything if row["study"] == study.DEPTH]
     assert len(depth) == len(WHAT) * (vision.SELECTED + 1)
     rows = [row for row in everything if row["study"] != study.DEPTH]
-    assert {row["type"] for row in rows} == set(study.STUDIES["tokenpacker"][1])
+    assert {row["type"] for row in rows} == set(study.STUDIES["tokenpacker"].configurations)
     assert {row["family"] for row in rows} == set(FAMILIES)
     assert all(row["split"] == "validation" and row["visual_tokens"] == "36" for row in rows)
     for row in everything:
         right = study.from_hex(row["correct"], int(row["questions"]))
         assert statistics.mean(right) == pytest.approx(float(row["accuracy"]), abs=1e-4)
     assert "| hidden state 7 |" in (quick / "quick.md").read_text()
-    assert "### tokenpacker, validation split, 1 seeds" in (quick / "quick.md").read_text()
+    assert "### tokenpacker, validation split, seeds: 1" in (quick / "quick.md").read_text()
     with Image.open(quick / "quick.png") as drawn:
         assert len(drawn.convert("RGB").getcolors(2**24)) > 50
     before = (quick / "quick.csv").read_text()
@@ -252,3 +252,13 @@ def test_a_real_difference_is_seen():
     results = report.Results(rows_with({"tokenpacker": 0.8, "tokenpacker:layers=7": 0.7}), "tokenpacker")
     _, low, high = results.difference("tokenpacker:layers=7", "tokenpacker", "all")
     assert -0.13 < low < high < -0.07
+
+
+def test_the_learning_rates_are_those_that_the_results_show():
+    found = {}
+    for row in study.read_rows(command.RESULTS / "spatial.csv"):
+        if row["study"] == study.RATE:
+            name, rate = study.parse(row["type"])
+            found.setdefault(name.partition(":")[0], {}).setdefault(rate, []).append(float(row["accuracy"]))
+    best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
+    assert best == study.BEST_RATE

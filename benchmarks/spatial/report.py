@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
 from benchmarks.spatial.scenes import PATCHES_A_SIDE
-from benchmarks.spatial.study import DEPTH, STUDIES, from_hex
+from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, parse
 
 DRAWS = 2000
 OURS = ("saep", "tokenpacker")
@@ -36,7 +36,7 @@ class Results:
         chosen = [row for row in rows if row["study"] == study]
         found = {row["type"] for row in chosen}
         self.study = study
-        self.types = [name for name in STUDIES[study][1] if name in found]
+        self.types = [name for name in STUDIES[study].configurations if name in found]
         self.tokens = {row["type"]: int(row["visual_tokens"]) for row in chosen}
         self.correct = {
             name: {
@@ -93,11 +93,11 @@ def _interval(drawn: Any) -> tuple[float, float]:
 
 def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     """Tables as Markdown (returned as well) and a plot, beside the CSV of this path."""
-    found = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    found = [study for study in STUDIES if study != RATE and any(row["study"] == study for row in rows)]
     results = [Results(rows, study) for study in found]
     tables = [_table(found) for found in results]
     tables += [_lead_table(found) for found in results if found.study == "comparison"]
-    report = _depth_table(rows) + "\n".join(tables)
+    report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables)
     path.with_suffix(".md").write_text(report)
     _plot(results, path.with_suffix(".png"))
     return report
@@ -116,11 +116,35 @@ def _depth_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def _rate_table(rows: Sequence[dict[str, str]]) -> str:
+    """Mean accuracy of the families for every type and rate of the study of learning rates, the best in bold."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["study"] == RATE:
+            name, rate = parse(row["type"])
+            found.setdefault(name, {}).setdefault(rate, []).append(float(row["accuracy"]))
+    if not found:
+        return ""
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    lines = [
+        "### Learning rate of stage 1: answers that are right after it, mean of families, validation split, 1 seed",
+        "",
+        f"| type | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        f"|---|{'---|' * len(rates)}",
+    ]
+    for name, by_rate in found.items():
+        means = {rate: sum(values) / len(values) for rate, values in by_rate.items()}
+        best = max(means, key=lambda rate: means[rate])
+        cells = (f"**{means[rate]:.1%}**" if rate == best else f"{means[rate]:.1%}" for rate in rates)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
 def _table(results: Results) -> str:
     first = results.types[0]
     seeds = max(len(results.correct[name]["relative"]) for name in results.types)
     lines = [
-        f"### {results.study}, {STUDIES[results.study][0]} split, {seeds} seeds",
+        f"### {results.study}, {STUDIES[results.study].split} split, seeds: {seeds}",
         "",
         f"| type | tokens | mean of families | against `{first}` | position families | {' | '.join(FAMILIES)} |",
         f"|---|---|---|---|---|{'---|' * len(FAMILIES)}",
@@ -178,7 +202,7 @@ def _plot(found: Sequence[Results], target: Path) -> None:
         labels = [f"{name}, {results.tokens[name]}" for name in results.types]
         panels[0].set_yticks(range(len(labels)), labels)
         panels[0].invert_yaxis()
-        panels[0].set_ylabel(f"{results.study}\n({STUDIES[results.study][0]} split)")
+        panels[0].set_ylabel(f"{results.study}\n({STUDIES[results.study].split} split)")
     figure.suptitle("Answers that are right, % (dots: mean of the seeds; bars: 95 % interval; line: the first type)")
     figure.savefig(target, dpi=80)
     pyplot.close(figure)

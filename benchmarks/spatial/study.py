@@ -30,7 +30,7 @@ from llava_projectors.benchmarks.models import STOCK
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one study.
+    """Sizes of a run.
 
     Attributes:
         vision_steps: of the vision model's pre-training, 32 pictures each.
@@ -38,19 +38,15 @@ class Plan:
         pictures: of each split.
         steps: of stages 1 and 2.
         batch: pictures a step.
-        learning_rates: of stages 1 and 2.
-        seeds: of every configuration of the comparison; ablations take the first `ablation_seeds`.
-        ablation_seeds: how many.
+        most_seeds: of a configuration, however many its study asks for.
     """
 
     vision_steps: int = 1500
     language_steps: int = 3500
     pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
-    steps: tuple[int, int] = (100, 250)
-    batch: int = 32
-    learning_rates: tuple[float, float] = (2e-3, 1e-3)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    ablation_seeds: int = 2
+    steps: tuple[int, int] = (400, 400)
+    batch: int = 8
+    most_seeds: int = 3
 
 
 FULL = Plan()
@@ -59,10 +55,40 @@ QUICK = Plan(
     language_steps=2,
     pictures=(("train", 32), ("validation", 8), ("test", 8)),
     steps=(2, 2),
-    batch=8,
-    seeds=(0,),
-    ablation_seeds=1,
+    most_seeds=1,
 )
+
+# Learning rates of stage 1, the best of each type in the study `learning_rate`; stage 2 has one for all.
+RATES = (1e-4, 2.5e-4, 5e-4, 1e-3, 3e-3, 6e-3)
+BEST_RATE = {
+    STOCK: 6e-3,
+    "saep": 3e-3,
+    "tokenpacker": 2.5e-4,
+    "avg_pool": 3e-3,
+    "pixel_shuffle": 3e-3,
+    "ldpv2": 6e-3,
+    "c_abstractor": 3e-3,
+    "resampler": 1e-3,
+}
+STAGE_2_RATE = 5e-4
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        configurations: projector types, in what `parse` reads; the first is what the others are held against.
+        split: whose questions are asked.
+        seeds: how many runs of each.
+        stages: of training.
+    """
+
+    configurations: tuple[str, ...]
+    split: str = "validation"
+    seeds: int = 3
+    stages: int = 2
+
 
 REDUCED = tuple(
     name.format(stride=stride, queries=(PATCHES_A_SIDE // stride) ** 2)
@@ -77,11 +103,19 @@ REDUCED = tuple(
         "resampler:num_queries={queries}",
     )
 )
-# name -> the split that is asked and the types that are compared; the first type is what the others are held against.
-STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "comparison": ("test", (STOCK, *REDUCED)),
-    "saep": (
-        "validation",
+DEPTH = "depth"  # the rows about hidden states, of which there is no run
+RATE = "learning_rate"
+STUDIES = {
+    RATE: Study(
+        tuple(
+            f"{name}:num_queries=36 @ {rate:g}" if name == "resampler" else f"{name} @ {rate:g}"
+            for name in BEST_RATE
+            for rate in RATES
+        ),
+        seeds=1,
+        stages=1,
+    ),
+    "saep": Study(
         (
             "saep",
             "saep:layers=7",
@@ -91,19 +125,15 @@ STUDIES: dict[str, tuple[str, tuple[str, ...]]] = {
             "saep:order=depthwise_first",
             "saep:shortcut=none",
             "saep:inner_size=256",
-        ),
+        )
     ),
-    "tokenpacker": (
-        "validation",
-        ("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7"),
-    ),
+    "tokenpacker": Study(("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7")),
+    "comparison": Study((STOCK, *REDUCED), split="test"),
 }
-
-DEPTH = "depth"  # the rows about hidden states, of which there is no run
 
 COLUMNS = (
     "study", "type", "seed", "split", "visual_tokens", "family", "accuracy", "questions", "correct",
-    "stage1_loss", "stage2_loss", "seconds", "plan", "machine", "python", "torch", "transformers",
+    "learning_rate", "stage1_loss", "stage2_loss", "seconds", "plan", "machine", "python", "torch", "transformers",
 )  # fmt: skip
 
 
@@ -112,16 +142,22 @@ class Job:
     """One training run."""
 
     study: str
-    projector_type: str
+    configuration: str
     seed: int
 
 
 def jobs(plan: Plan, studies: tuple[str, ...]) -> Iterator[Job]:
     """Seed by seed, so that an interrupted study has something of every type."""
-    for number, seed in enumerate(plan.seeds):
+    for seed in range(plan.most_seeds):
         for study in studies:
-            if study == "comparison" or number < plan.ablation_seeds:
-                yield from (Job(study, projector_type, seed) for projector_type in STUDIES[study][1])
+            if seed < STUDIES[study].seeds:
+                yield from (Job(study, name, seed) for name in STUDIES[study].configurations)
+
+
+def parse(configuration: str) -> tuple[str, float]:
+    """A projector type and its learning rate in stage 1: `TYPE @ RATE`, or `TYPE` at its best rate."""
+    name, _, rate = configuration.partition(" @ ")
+    return name, float(rate) if rate else BEST_RATE[name.partition(":")[0]]
 
 
 def splits(plan: Plan, folder: Path) -> dict[str, Split]:
@@ -166,7 +202,7 @@ def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], worker
     done = {(row["study"], row["type"], row["seed"]) for row in read_rows(path)} if path.exists() else set()
     if not any(study == DEPTH for study, _, _ in done):
         append_rows(path, depth_rows(plan, folder))
-    todo = [job for job in jobs(plan, studies) if (job.study, job.projector_type, str(job.seed)) not in done]
+    todo = [job for job in jobs(plan, studies) if (job.study, job.configuration, str(job.seed)) not in done]
     # A fresh interpreter a worker: a forked one would share torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as pool:
@@ -177,7 +213,7 @@ def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], worker
             rows = future.result()
             append_rows(path, rows)
             mean = sum(float(row["accuracy"]) for row in rows) / len(rows)
-            progress.write(f"{job.study}, {job.projector_type}, seed {job.seed}: {mean:.1%} of the answers right")
+            progress.write(f"{job.study}, {job.configuration}, seed {job.seed}: {mean:.1%} of the answers right")
 
 
 def _start_worker(workers: int) -> None:
@@ -192,27 +228,28 @@ def _start_worker(workers: int) -> None:
 def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
     started = time.monotonic()
     by_name = splits(plan, folder)
-    split = by_name[STUDIES[job.study][0]]
+    judged = by_name[STUDIES[job.study].split]
+    projector_type, rate = parse(job.configuration)
     found = run(
-        job.projector_type,
+        projector_type,
         job.seed,
         folder / "vision",
         folder / "language",
         by_name["train"],
-        split,
-        plan.steps,
+        judged,
+        plan.steps[: STUDIES[job.study].stages],
         plan.batch,
-        plan.learning_rates,
+        (rate, STAGE_2_RATE),
     )
     facts = {
-        **_facts(plan, job.study, job.projector_type, split),
+        **_facts(plan, job.study, job.configuration, judged),
         "seed": job.seed,
-        "visual_tokens": visual_tokens(job.projector_type),
-        "stage1_loss": f"{found['stage1_loss']:.4f}",
-        "stage2_loss": f"{found['stage2_loss']:.4f}",
+        "visual_tokens": visual_tokens(projector_type),
+        "learning_rate": rate,
+        **{f"stage{number}_loss": f"{loss:.4f}" for number, loss in enumerate(found.losses, start=1)},
         "seconds": f"{time.monotonic() - started:.0f}",
     }
-    return [{**facts, **_score(family, right)} for family, right in found["correct"].items()]
+    return [{**facts, **_score(family, right)} for family, right in found.correct.items()]
 
 
 def _facts(plan: Plan, study: str, name: str, split: Split) -> dict[str, Any]:

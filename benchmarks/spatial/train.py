@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def evaluate(model: Any, split: Split, size: int = 64) -> dict[str, list[bool]]:
     return found
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run: the loss at the end of each stage, and what `evaluate` found."""
+
+    losses: list[float]
+    correct: dict[str, list[bool]]
+
+
 def run(
     projector_type: str,
     seed: int,
@@ -121,17 +130,18 @@ def run(
     language_folder: Path,
     train: Split,
     judged: Split,
-    steps: tuple[int, int],
+    steps: tuple[int, ...],
     batch: int,
-    learning_rates: tuple[float, float],
-) -> dict[str, Any]:
-    """Build, train both stages, answer; returns the losses and what `evaluate` found."""
+    learning_rates: tuple[float, ...],
+) -> Outcome:
+    """Build, train as many stages as there are numbers of steps, answer."""
     torch.manual_seed(seed)
     model = build(projector_type, vision_folder, language_folder)
     use_hidden_states(model, train)
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
-    first = fit(model, caption_batches(train, seed, steps[0], batch), steps[0], learning_rates[0])
-    model.requires_grad_(True)
-    second = fit(model, question_batches(train, seed, steps[1], batch), steps[1], learning_rates[1])
-    return {"stage1_loss": first, "stage2_loss": second, "correct": evaluate(model, judged)}
+    losses = []
+    for batches, number, rate in zip((caption_batches, question_batches), steps, learning_rates):
+        losses.append(fit(model, batches(train, seed, number, batch), number, rate))
+        model.requires_grad_(True)
+    return Outcome(losses, evaluate(model, judged))
