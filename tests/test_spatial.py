@@ -259,6 +259,6 @@ def test_the_learning_rates_are_those_that_the_results_show():
     for row in study.read_rows(command.RESULTS / "spatial.csv"):
         if row["study"] == study.RATE:
             name, rate = study.parse(row["type"])
-            found.setdefault(name.partition(":")[0], {}).setdefault(rate, []).append(float(row["accuracy"]))
+            found.setdefault(study.kind(name), {}).setdefault(rate, []).append(float(row["accuracy"]))
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
     assert best == study.BEST_RATE

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.questions import CELLS, FAMILIES, Turn, ask, caption
@@ -154,8 +153,8 @@ def _look(thing: Thing, x: int, y: int) -> dict[str, float]:
     return found
 
 
-def some_turns(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Two questions of each family and the caption, in any order."""
+def _some_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Two questions of each family, in any order."""
     turns = [turn for _ in range(2) for turn in ask(scene, rng).values()]
     return rng.sample(turns, len(turns))
 
@@ -168,16 +167,14 @@ def pretrain(folder: Path, steps: int, batch: int = 16, learning_rate: float = 1
     rng = random.Random("language")
     model = LlamaForCausalLM(LlamaConfig(**config_values()))
     losses = (_loss(model, step, steps, [make_scene(rng) for _ in range(batch)], rng) for step in range(steps))
-    values = minimize(losses, list(model.parameters()), steps, learning_rate, weight_decay=0.01)
-    progress = tqdm(values, desc="language model", unit=" step", total=steps)
-    for value in progress:
-        progress.set_postfix_str(f"loss {value:.3f}", refresh=False)
+    parameters = list(model.parameters())
+    minimize(losses, parameters, steps, learning_rate, weight_decay=0.01, description="language model")
     model.save_pretrained(folder)
-    return accuracy(model, random.Random("language, held out"))
+    return _accuracy(model, random.Random("language, held out"))
 
 
 def _loss(model: Any, step: int, steps: int, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
-    turns = [some_turns(scene, rng) for scene in scenes]
+    turns = [_some_turns(scene, rng) for scene in scenes]
     # Captions are soon learned as far as they can be; answers take longer.
     if step % 4 == 0:
         turns = [[("", caption(scene)), *dialogue] for scene, dialogue in zip(scenes, turns)]
@@ -188,7 +185,7 @@ def _loss(model: Any, step: int, steps: int, scenes: list[Scene], rng: random.Ra
 
 
 @torch.no_grad()
-def accuracy(model: Any, rng: random.Random, questions: int = 256) -> dict[str, float]:
+def _accuracy(model: Any, rng: random.Random, questions: int = 256) -> dict[str, float]:
     """How often all of an answer is right, for each family, given the objects."""
     asked: dict[str, list[tuple[Scene, list[Turn]]]] = {family: [] for family in FAMILIES}
     for _ in range(questions):
@@ -197,7 +194,8 @@ def accuracy(model: Any, rng: random.Random, questions: int = 256) -> dict[str, 
             asked[family].append((scene, [turn]))
     found = {}
     for family, pairs in asked.items():
-        batch = scene_batch(model, [scene for scene, _ in pairs], [turns for _, turns in pairs], rng)
+        scenes, turns = zip(*pairs)
+        batch = scene_batch(model, scenes, turns, rng)
         labels = batch.pop("labels")
         found[family] = answered_right(model(**batch).logits, labels).float().mean().item()
     return found

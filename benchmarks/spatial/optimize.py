@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Optional
 
 import torch
+from tqdm import tqdm
 
 
 def minimize(
@@ -14,16 +16,24 @@ def minimize(
     learning_rate: float,
     weight_decay: float = 0.0,
     warmup: float = 0.05,
-) -> Iterator[float]:
-    """Take a step for each loss, which is computed when it is asked for; yields their values."""
+    description: Optional[str] = None,
+) -> list[float]:
+    """Take a step for each loss, which is computed when it is its turn; returns their values.
+
+    With a description, progress is shown under that name.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
-    for loss in losses:
+    values = []
+    progress = tqdm(losses, desc=description, unit=" step", total=steps, disable=description is None)
+    for loss in progress:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        yield loss.item()
+        values.append(loss.item())
+        progress.set_postfix_str(f"loss {values[-1]:.3f}", refresh=False)
+    return values

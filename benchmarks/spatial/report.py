@@ -14,8 +14,8 @@ from matplotlib import pyplot
 
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
-from benchmarks.spatial.scenes import PATCHES_A_SIDE
-from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, parse
+from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind, parse
+from llava_projectors.benchmarks.models import STOCK
 
 DRAWS = 2000
 OURS = ("saep", "tokenpacker")
@@ -95,8 +95,8 @@ def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     """Tables as Markdown (returned as well) and a plot, beside the CSV of this path."""
     found = [study for study in STUDIES if study != RATE and any(row["study"] == study for row in rows)]
     results = [Results(rows, study) for study in found]
-    tables = [_table(found) for found in results]
-    tables += [_lead_table(found) for found in results if found.study == "comparison"]
+    tables = [_table(one) for one in results]
+    tables += [_lead_table(one) for one in results if one.study == "comparison"]
     report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables)
     path.with_suffix(".md").write_text(report)
     _plot(results, path.with_suffix(".png"))
@@ -127,7 +127,8 @@ def _rate_table(rows: Sequence[dict[str, str]]) -> str:
         return ""
     rates = sorted({rate for by_rate in found.values() for rate in by_rate})
     lines = [
-        "### Learning rate of stage 1: answers that are right after it, mean of families, validation split, 1 seed",
+        f"### Learning rate of stage 1: right answers after it, mean of families, {STUDIES[RATE].split} split, "
+        f"seeds: {STUDIES[RATE].seeds}",
         "",
         f"| type | {' | '.join(f'{rate:g}' for rate in rates)} |",
         f"|---|{'---|' * len(rates)}",
@@ -160,23 +161,18 @@ def _table(results: Results) -> str:
 
 def _lead_table(results: Results) -> str:
     """How far our two types are ahead of the others with as many tokens, on the position families."""
-    kinds = list(dict.fromkeys(_kind(name) for name in results.types if results.tokens[name] < PATCHES_A_SIDE**2))
-    others = [kind for kind in kinds if kind not in OURS]
+    others = [name for name in dict.fromkeys(map(kind, results.types)) if name not in (STOCK, *OURS)]
     lines = [
         f"### {results.study}: points ahead on the position families, of the types with as many tokens",
         "",
-        f"| type | tokens | {' | '.join(f'`{kind}`' for kind in others)} |",
+        f"| type | tokens | {' | '.join(f'`{other}`' for other in others)} |",
         f"|---|---|{'---|' * len(others)}",
     ]
-    for name in (name for kind in OURS for name in results.types if _kind(name) == kind):
-        rivals = {_kind(other): other for other in results.types if results.tokens[other] == results.tokens[name]}
-        leads = (_points(results.difference(name, rivals[kind], "position")) for kind in others)
+    for name in sorted((name for name in results.types if kind(name) in OURS), key=kind):
+        rivals = {kind(rival): rival for rival in results.types if results.tokens[rival] == results.tokens[name]}
+        leads = (_points(results.difference(name, rivals[other], "position")) for other in others)
         lines.append(f"| {' | '.join([f'`{name}`', str(results.tokens[name]), *leads])} |")
     return "\n".join([*lines, ""])
-
-
-def _kind(name: str) -> str:
-    return name.partition(":")[0]
 
 
 def _percent(interval: Interval) -> str:

@@ -154,10 +154,15 @@ def jobs(plan: Plan, studies: tuple[str, ...]) -> Iterator[Job]:
                 yield from (Job(study, name, seed) for name in STUDIES[study].configurations)
 
 
+def kind(projector_type: str) -> str:
+    """Its name without options, also of LLaVA's own type, which our registry does not know."""
+    return projector_type.partition(":")[0]
+
+
 def parse(configuration: str) -> tuple[str, float]:
     """A projector type and its learning rate in stage 1: `TYPE @ RATE`, or `TYPE` at its best rate."""
     name, _, rate = configuration.partition(" @ ")
-    return name, float(rate) if rate else BEST_RATE[name.partition(":")[0]]
+    return name, float(rate) if rate else BEST_RATE[kind(name)]
 
 
 def splits(plan: Plan, folder: Path) -> dict[str, Split]:

@@ -87,7 +87,7 @@ def fit(model: Any, batches: Iterable[Batch], steps: int, learning_rate: float) 
     """Train what requires a gradient; returns the mean loss of the last tenth of the steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    losses = list(minimize((model(**batch).loss for batch in batches), parameters, steps, learning_rate))
+    losses = minimize((model(**batch).loss for batch in batches), parameters, steps, learning_rate)
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 

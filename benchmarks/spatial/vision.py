@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.scenes import (
@@ -36,14 +35,14 @@ WIDTH, LAYERS, HEADS = 128, 8, 4
 SELECT_LAYER = -2
 SELECTED = LAYERS + 1 + SELECT_LAYER  # the hidden state of that index
 DENSE_LAYER = LAYERS // 2
-# What a patch is asked, and the weight of each question: the letter is in one patch of thirty. Without
-# the last two, a patch forgets where it is, which CLIP's patches do not.
-DENSE: dict[str, tuple[list[Any], float]] = {
-    "colour": (list(COLOURS), 1.0),
-    "shape": (list(SHAPES), 1.0),
-    "letter": (list(GLYPHS), 10.0),
-    "row": (list(range(PATCHES_A_SIDE)), 1.0),
-    "column": (list(range(PATCHES_A_SIDE)), 1.0),
+# What a patch is asked: the number of answers besides none, and the weight, for the letter is in one patch of
+# thirty. Without the last two, a patch forgets where it is, which CLIP's patches do not.
+DENSE = {
+    "colour": (len(COLOURS), 1.0),
+    "shape": (len(SHAPES), 1.0),
+    "letter": (len(GLYPHS), 10.0),
+    "row": (PATCHES_A_SIDE, 1.0),
+    "column": (PATCHES_A_SIDE, 1.0),
 }
 
 
@@ -63,11 +62,12 @@ def dense_labels(scene: Scene) -> torch.Tensor:
     labels[3] = 1 + torch.arange(PATCHES_A_SIDE)[:, None]
     labels[4] = 1 + torch.arange(PATCHES_A_SIDE)
     for thing in scene:
+        colour, shape = list(COLOURS).index(thing.colour), SHAPES.index(thing.shape)
         for row in range(PATCHES_A_SIDE):
             for column in range(PATCHES_A_SIDE):
                 if thing.covers((column + 0.5) * PATCH_SIZE, (row + 0.5) * PATCH_SIZE):
-                    labels[0, row, column] = 1 + list(COLOURS).index(thing.colour)
-                    labels[1, row, column] = 1 + SHAPES.index(thing.shape)
+                    labels[0, row, column] = 1 + colour
+                    labels[1, row, column] = 1 + shape
         labels[2, thing.y // PATCH_SIZE, thing.x // PATCH_SIZE] = 1 + list(GLYPHS).index(thing.letter)
     return labels
 
@@ -100,14 +100,11 @@ def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1
     torch.manual_seed(0)
     rng = random.Random("vision")
     model = make_model()
-    heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + len(values)) for name, (values, _) in DENSE.items()})
+    heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + number) for name, (number, _) in DENSE.items()})
     heads["picture"] = nn.Linear(WIDTH, len(KINDS) + len(GLYPHS))
     losses = (_loss(model, heads, [make_scene(rng) for _ in range(batch)], rng) for _ in range(steps))
     parameters = [*model.parameters(), *heads.parameters()]
-    values = minimize(losses, parameters, steps, learning_rate, weight_decay=0.05, warmup=0.1)
-    progress = tqdm(values, desc="vision model", unit=" step", total=steps)
-    for value in progress:
-        progress.set_postfix_str(f"loss {value:.3f}", refresh=False)
+    minimize(losses, parameters, steps, learning_rate, weight_decay=0.05, warmup=0.1, description="vision model")
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mean, deviation = [0.5] * 3, [64 / 255] * 3
