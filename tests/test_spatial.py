@@ -221,12 +221,12 @@ def test_answers_survive_the_csv(right):
     assert study.from_hex(study.to_hex(right), len(right)) == right
 
 
-def rows_with(accuracy, seeds=3, questions=600):
+def rows_with(accuracy, seeds=3, questions=600, of="tokenpacker"):
     """Rows as of runs whose types are right so often, each answer by itself."""
     rng = numpy.random.default_rng(0)
     return [
         {
-            "study": "tokenpacker", "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
+            "study": of, "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
             "questions": str(questions), "correct": study.to_hex((rng.random(questions) < rate).tolist()),
         }
         for name, rate in accuracy.items()
@@ -262,3 +262,23 @@ def test_the_learning_rates_are_those_that_the_results_show():
             found.setdefault(study.kind(name), {}).setdefault(rate, []).append(float(row["accuracy"]))
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
     assert best == study.BEST_RATE
+
+
+def test_a_report_of_learning_rates_alone(tmp_path):
+    rows = [
+        row for row in study.read_rows(command.RESULTS / "spatial.csv") if row["study"] in (study.DEPTH, study.RATE)
+    ]
+    assert "| `tokenpacker` | 48.2% | **54.9%** |" in report.write_report(rows, tmp_path / "rates.csv")
+    assert not (tmp_path / "rates.png").exists()
+
+
+def test_a_report_of_a_comparison_that_was_interrupted(tmp_path):
+    rates = {"mlp2x_gelu": 0.8, "saep:stride=2": 0.8, "avg_pool:stride=2": 0.7, "tokenpacker:scale_factor=3": 0.6}
+    rows = rows_with(rates, of="comparison")
+    for row in rows:
+        row["visual_tokens"] = {"mlp2x_gelu": "144", "tokenpacker:scale_factor=3": "16"}.get(row["type"], "36")
+    depth = [row for row in study.read_rows(command.RESULTS / "spatial.csv") if row["study"] == study.DEPTH]
+    lines = report.write_report([*depth, *rows], tmp_path / "part.csv").splitlines()
+    leads = lines[lines.index("| type | tokens | `avg_pool` |") + 2 :]
+    assert leads[0].startswith("| `saep:stride=2` | 36 | +")
+    assert leads[1] == "| `tokenpacker:scale_factor=3` | 16 |  |"

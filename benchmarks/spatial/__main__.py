@@ -46,7 +46,7 @@ def main() -> None:
     if not arguments.csv.exists():
         parser.error(f"{arguments.csv} does not exist: run the study first, or say where it is with --csv")
     print(write_report(read_rows(arguments.csv), arguments.csv))
-    print(f"Written: {arguments.csv}, and beside it .md and .png")
+    print(f"Written: {arguments.csv}, and beside it .md and, where types were compared, .png")
 
 
 def export(split: Split, folder: Path) -> None:

@@ -92,14 +92,15 @@ def _interval(drawn: Any) -> tuple[float, float]:
 
 
 def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
-    """Tables as Markdown (returned as well) and a plot, beside the CSV of this path."""
+    """Tables as Markdown (returned as well) and, where types were compared, a plot, beside the CSV of this path."""
     found = [study for study in STUDIES if study != RATE and any(row["study"] == study for row in rows)]
     results = [Results(rows, study) for study in found]
     tables = [_table(one) for one in results]
     tables += [_lead_table(one) for one in results if one.study == "comparison"]
     report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables)
     path.with_suffix(".md").write_text(report)
-    _plot(results, path.with_suffix(".png"))
+    if results:
+        _plot(results, path.with_suffix(".png"))
     return report
 
 
@@ -170,7 +171,10 @@ def _lead_table(results: Results) -> str:
     ]
     for name in sorted((name for name in results.types if kind(name) in OURS), key=kind):
         rivals = {kind(rival): rival for rival in results.types if results.tokens[rival] == results.tokens[name]}
-        leads = (_points(results.difference(name, rivals[other], "position")) for other in others)
+        # An interrupted study may lack a rival.
+        leads = (
+            _points(results.difference(name, rivals[other], "position")) if other in rivals else "" for other in others
+        )
         lines.append(f"| {' | '.join([f'`{name}`', str(results.tokens[name]), *leads])} |")
     return "\n".join([*lines, ""])
 
