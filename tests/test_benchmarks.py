@@ -29,7 +29,7 @@ def depthwise_gradients(type_string, patches_a_side, channels):
     """What `counted` leaves out of SAEP: weight and input each take as much as the forward pass."""
     if not type_string.startswith("saep"):
         return 0
-    stride, kernel_size = {"stride=3": (3, 3), "stride=4": (4, 5)}.get(type_string.split(":")[-1], (2, 3))
+    stride, kernel_size = {"stride=3": (3, 5), "stride=4": (4, 7)}.get(type_string.split(":")[-1], (2, 5))
     forward = 2 * (patches_a_side // stride) ** 2 * channels * kernel_size**2
     return forward * 4 if "depthwise_first" in type_string else forward * 2  # four levels, but no input gradient
 

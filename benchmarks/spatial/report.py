@@ -137,8 +137,8 @@ def _rate_table(rows: Sequence[dict[str, str]]) -> str:
     for name, by_rate in found.items():
         means = {rate: sum(values) / len(values) for rate, values in by_rate.items()}
         best = max(means, key=lambda rate: means[rate])
-        cells = (f"**{means[rate]:.1%}**" if rate == best else f"{means[rate]:.1%}" for rate in rates)
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        cells = {rate: f"**{mean:.1%}**" if rate == best else f"{mean:.1%}" for rate, mean in means.items()}
+        lines.append(f"| `{name}` | {' | '.join(cells.get(rate, '') for rate in rates)} |")
     return "\n".join([*lines, "", ""])
 
 

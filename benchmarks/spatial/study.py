@@ -44,7 +44,7 @@ class Plan:
     vision_steps: int = 1500
     language_steps: int = 3500
     pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
-    steps: tuple[int, int] = (400, 400)
+    steps: tuple[int, int] = (1200, 400)
     batch: int = 8
     most_seeds: int = 3
 
@@ -58,16 +58,26 @@ QUICK = Plan(
     most_seeds=1,
 )
 
-# Learning rates of stage 1, the best of each type in the study `learning_rate`; stage 2 has one for all.
-RATES = (1e-4, 2.5e-4, 5e-4, 1e-3, 3e-3, 6e-3)
+# Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
+# one that has a neighbour on each side. Stage 2 has one for all.
+RATES = {
+    STOCK: (2e-3, 4e-3, 8e-3),
+    "saep": (1e-3, 2e-3, 4e-3, 8e-3),
+    "tokenpacker": (1.25e-4, 2.5e-4, 5e-4),
+    "avg_pool": (2e-3, 4e-3, 8e-3),
+    "pixel_shuffle": (1e-3, 2e-3, 4e-3, 8e-3),
+    "ldpv2": (2e-3, 4e-3, 8e-3),
+    "c_abstractor": (1e-3, 2e-3, 4e-3),
+    "resampler": (5e-4, 1e-3, 2e-3),
+}
 BEST_RATE = {
-    STOCK: 6e-3,
-    "saep": 3e-3,
+    STOCK: 4e-3,
+    "saep": 4e-3,
     "tokenpacker": 2.5e-4,
-    "avg_pool": 3e-3,
-    "pixel_shuffle": 3e-3,
-    "ldpv2": 6e-3,
-    "c_abstractor": 3e-3,
+    "avg_pool": 4e-3,
+    "pixel_shuffle": 4e-3,
+    "ldpv2": 4e-3,
+    "c_abstractor": 2e-3,
     "resampler": 1e-3,
 }
 STAGE_2_RATE = 5e-4
@@ -109,8 +119,8 @@ STUDIES = {
     RATE: Study(
         tuple(
             f"{name}:num_queries=36 @ {rate:g}" if name == "resampler" else f"{name} @ {rate:g}"
-            for name in BEST_RATE
-            for rate in RATES
+            for name, rates in RATES.items()
+            for rate in rates
         ),
         seeds=1,
         stages=1,
@@ -121,7 +131,8 @@ STUDIES = {
             "saep:layers=7",
             "saep:layers=4+7",
             "saep:layers=1+3+5+7",
-            "saep:kernel_size=5",
+            "saep:kernel_size=3",
+            "saep:kernel_size=4",
             "saep:order=depthwise_first",
             "saep:shortcut=none",
             "saep:inner_size=256",
