@@ -284,3 +284,18 @@ def test_a_report_of_a_comparison_that_was_interrupted(tmp_path):
     leads = lines[lines.index("| type | tokens | `avg_pool` |") + 2 :]
     assert leads[0].startswith("| `saep:stride=2` | 36 | +")
     assert leads[1] == "| `tokenpacker:scale_factor=3` | 16 |  |"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/choosing.md"])
+def test_documents_say_what_the_comparison_found(document):
+    found = {}
+    for row in study.read_rows(command.RESULTS / "spatial.csv"):
+        if row["study"] == "comparison":
+            found.setdefault((study.kind(row["type"]), row["visual_tokens"]), {}).setdefault(row["family"], []).append(
+                float(row["accuracy"])
+            )
+    means = {name: sum(sum(seeds) / len(seeds) for seeds in families.values()) / 6 for name, families in found.items()}
+    text = (command.RESULTS.parents[1] / document).read_text()
+    for (name, tokens), mean in means.items():
+        if document.startswith("docs") or name in ("mlp2x_gelu", "saep", "tokenpacker"):
+            assert f"{mean:.1%}".rstrip("%") in text, (name, tokens)
