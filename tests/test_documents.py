@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from llava_projectors import build_projector
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("patches/*.md")]
@@ -14,3 +17,25 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     local = [link for link in links if not link.startswith("http")]
     assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("type_string", "row"),
+    [
+        ("saep:stride=2", "| `saep`, "),
+        ("saep:stride=3", "| `saep`, "),
+        ("saep:stride=4", "| `saep`, "),
+        ("tokenpacker:scale_factor=2", "| `tokenpacker`, "),
+        ("avg_pool:stride=2", "| `avg_pool` "),
+        ("pixel_shuffle:stride=2", "| `pixel_shuffle` "),
+        ("ldpv2:stride=2", "| `ldpv2` "),
+        ("c_abstractor:stride=2", "| `c_abstractor` "),
+        ("resampler:num_queries=144", "| `resampler` "),
+    ],
+)
+def test_the_readme_counts_parameters_right(type_string, row):
+    with torch.device("meta"):
+        projector = build_projector(type_string, mm_hidden_size=1024, hidden_size=4096)
+    millions = sum(parameter.numel() for parameter in projector.parameters()) / 1e6
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(row)]
+    assert any(f"{millions:.2f} M" in line for line in lines)
