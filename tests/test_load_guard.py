@@ -113,7 +113,7 @@ BAD = [
         with_projector("saep:layers=4+7"),
         r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\].*type is right but the sizes differ",
     ),
-    (with_projector("saep:stride=4"), r"wrong shape: depthwise.weight is \[32, 1, 5, 5\], not \[32, 1, 3, 3\]"),
+    (with_projector("saep:stride=4"), r"wrong shape: depthwise.weight is \[32, 1, 7, 7\], not \[32, 1, 5, 5\]"),
 ]
 
 
