@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # For test-transformers: another version than LLaVA's pin, in an environment of its own.
 TRANSFORMERS ?= 4.40.2
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower early_exit llava_model llava_training load_guard))
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower truncated_encoder llava_model llava_training load_guard))
 
 # For bench: cpu takes 25 to 45 minutes on two cores, cuda under ten minutes.
 DEVICE ?= cpu
@@ -34,8 +34,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/llava-projectors bench --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
-	$(BIN)/llava-projectors plot benchmarks/results/$(DEVICE).csv
+	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
 
 # deepspeed's setup imports torch, so it is built without isolation once torch is there. LLaVA goes
 # in without its dependencies: its own pins contradict a current torch.

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llava_projectors.benchmarks import measure
-from llava_projectors.benchmarks.report import write_rows
-from llava_projectors.benchmarks.suites import forward_backward, without_grad
-from llava_projectors.projectors.base import to_regions
+from benchmarks import measure
+from benchmarks.speed.report import write_rows
+from benchmarks.speed.suites import forward_backward, without_grad
+from llava_projectors.projectors.grid import to_regions
 from llava_projectors.projectors.tokenpacker import RegionAttention, TokenPacker, downsample_bilinear
 
 ROOT = Path(__file__).parents[1]

@@ -13,12 +13,8 @@ if TYPE_CHECKING:
 
     from llava_projectors.integration.weights import ProjectorWeightsError
     from llava_projectors.projectors.base import Projector
-    from llava_projectors.registry import (
-        build_projector,
-        list_projectors,
-        parse_spec,
-        register_projector,
-    )
+    from llava_projectors.projectors.registration import register_projector
+    from llava_projectors.registry import build_projector, list_projectors, parse_spec
     from llava_projectors.spec import ProjectorSpec, ProjectorSpecError
 
 __all__ = [
@@ -42,7 +38,7 @@ _HOME = {
     "build_projector": "registry",
     "list_projectors": "registry",
     "parse_spec": "registry",
-    "register_projector": "registry",
+    "register_projector": "projectors.registration",
 }
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from llava_projectors import autoload
-from llava_projectors.columns import print_columns
-
-INDENT = "    "
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -57,37 +52,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     demo.add_argument("--steps", type=int, default=80, help="fine-tuning steps of each type (%(default)s)")
     demo.set_defaults(run=run_demo)
 
-    bench = commands.add_parser(
-        "bench",
-        help="time and memory of projectors, tower and whole models, against LLaVA's own and the FLOP bound",
-        description="Interleaves the candidates in one run, writes one CSV with machine and versions, prints a table "
-        "of each suite and the project's bars. Models have random weights; nothing is downloaded. On a CPU a full run "
-        "takes 25 to 45 minutes on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten minutes (the shape "
-        "of LLaVA-7B, whose full training step wants some 90 GiB; what does not fit is left out and named). "
-        "Needs LLaVA and the extra llava-projectors[bench].",
-    )
-    bench.add_argument(
-        "--suite",
-        action="append",
-        choices=["projector", "tower", "model", "scaling"],
-        help="a suite to run, may be repeated (default: all)",
-    )
-    bench.add_argument("--quick", action="store_true", help="small sizes, about a minute on 2 cores")
-    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    bench.add_argument("--csv", type=Path, default=Path("runs/bench.csv"), help="where to write (%(default)s)")
-    bench.set_defaults(run=run_bench)
-
-    plot = commands.add_parser("plot", help="draw a CSV of `bench` as a PNG")
-    plot.add_argument("csv", type=Path, nargs="?", default=Path("runs/bench.csv"), help="what to draw (%(default)s)")
-    plot.add_argument("--output", type=Path, help="picture to write (default: beside the CSV, .png)")
-    plot.set_defaults(run=run_plot)
-
     show = commands.add_parser(
         "show",
         help="draw over a picture what each visual token was made from",
         description="Writes a PNG: the picture with its patch grid and, for six visual tokens or those of --token, the "
         "patches that went into them: TokenPacker's attention weights, the effective receptive field of other types. "
-        "Needs the extra llava-projectors[bench]; with --model-path also LLaVA.",
+        "Needs the extra llava-projectors[viz]; with --model-path also LLaVA.",
     )
     show.add_argument("image", type=Path, metavar="IMAGE", help="picture, cropped to its central square")
     weights_of = show.add_mutually_exclusive_group()
@@ -104,129 +74,35 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def list_types(arguments: argparse.Namespace) -> int:
     """Print every registered type."""
-    types = [_describe_type(name) for name in _registry().list_projectors()]
-    if arguments.json:
-        print(json.dumps(types, indent=2))
-        return 0
-    print("Visual tokens of a 336 px image, 14 px patches (24x24 = 576 without reduction):\n")
-    for entry in types:
-        print(f"{entry['name']}: {entry['summary']}")
-        rows = [(row["type"], f"{row['tokens']} tokens", f"{row['fewer']} % fewer") for row in entry["tokens"]]
-        print_columns(rows, INDENT)
-        print("  options (name:key=value,key=value; lists joined by +):")
-        print_columns(
-            [
-                (option["name"], f"default {option['default']}", " | ".join(option["choices"]) or option["expects"])
-                for option in entry["options"]
-            ],
-            INDENT,
-        )
-        print()
+    from llava_projectors.listing import print_types  # imports torch, which `--help` need not wait for
+
+    print_types(arguments.json)
     return 0
-
-
-def _registry() -> Any:
-    from llava_projectors import registry  # imports torch, which `--help` need not wait for
-
-    return registry
-
-
-def _describe_type(name: str) -> dict[str, Any]:
-    from llava_projectors.spec import format_value
-
-    registry, side = _registry(), 336 // 14
-    options = registry.projector_options(name)
-    resolved = registry.resolve(name)
-    key = resolved.cls.stride_option
-    strides = options[key].choices if key in options else ()
-    type_strings = [f"{name}:{key}={stride}" for stride in strides] or [name]
-    counts = [(t, registry.resolve(t).output_side(side) ** 2) for t in type_strings]
-    return {
-        "name": name,
-        "summary": (resolved.cls.__doc__ or "").strip().split("\n")[0],
-        "tokens": [{"type": t, "tokens": n, "fewer": round(100 - 100 * n / side**2)} for t, n in counts],
-        "options": [
-            {
-                "name": option.name,
-                "default": "auto" if option.default is None else format_value(option.default),
-                "choices": [format_value(choice) for choice in option.choices],
-                "expects": option.expects,
-            }
-            for option in options.values()
-        ],
-    }
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; status 1 when a package cannot be patched."""
-    disabled = autoload.is_disabled()
-    packages = arguments.package or list(autoload.armed_packages()) or ["llava"]
     try:
         import torch  # noqa: F401
     except Exception as error:
         print(f"torch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
         print(f"remedy: reinstall it, {sys.executable} -m pip install --force-reinstall torch", file=sys.stderr)
         return 1
-    from llava_projectors.integration.doctor import diagnose
+    from llava_projectors.integration.doctor import diagnose, print_diagnosis
 
     logging.disable(logging.INFO)  # DeepSpeed reports its accelerator on import
-    shown_variable = f"{autoload.DISABLE_VARIABLE}={os.environ[autoload.DISABLE_VARIABLE]}" if disabled else None
-    diagnosis = diagnose(packages, shown_variable)
-    if arguments.json:
-        print(json.dumps(diagnosis.as_dict(), indent=2))
-        return 0 if diagnosis.healthy else 1
-    print(f"python        {diagnosis.python}")
-    print(f"hook          {'armed' if diagnosis.armed else 'not armed'} in a fresh interpreter")
-    for package in diagnosis.packages:
-        print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
-        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams], INDENT)
-    print("versions      " + ", ".join(f"{name} {version or '-'}" for name, version in diagnosis.versions.items()))
-    for problem in [*diagnosis.problems, *(p for package in diagnosis.packages for p in package.problems)]:
-        print(f"PROBLEM: {problem}")
-    if diagnosis.healthy:
-        print("All is well: pass --mm_projector_type saep (or tokenpacker) to LLaVA's scripts.")
+    diagnosis = diagnose(arguments.package or list(autoload.armed_packages()) or ["llava"])
+    print_diagnosis(diagnosis, arguments.json)
     return 0 if diagnosis.healthy else 1
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo, or say what to install for it."""
     try:
-        from llava_projectors.demo.run import demo
+        from llava_projectors.demo import demo
     except ImportError as error:
         return lacks_package("the demo", "demo", error)
     return demo(arguments.output, arguments.steps)
-
-
-def run_bench(arguments: argparse.Namespace) -> int:
-    """Run the benchmark suites, or say what to install for them."""
-    try:
-        from llava_projectors.benchmarks.run import bench, choose_device
-        from llava_projectors.benchmarks.suites import SUITES
-    except ImportError as error:
-        return lacks_package("the benchmark", "bench", error)
-    try:
-        device = choose_device(arguments.device)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return bench(arguments.suite or list(SUITES), device, arguments.quick, arguments.csv)
-
-
-def run_plot(arguments: argparse.Namespace) -> int:
-    """Draw the CSV; status 1 with the reason when it cannot be."""
-    try:
-        from llava_projectors.benchmarks.plot import plot
-    except ImportError as error:
-        return lacks_package("the plot", "bench", error)
-    target = arguments.output or arguments.csv.with_suffix(".png")
-    try:
-        plot(arguments.csv, target)
-    except (OSError, ValueError) as error:
-        print(f"cannot draw {arguments.csv}: {error}", file=sys.stderr)
-        print("remedy: run `llava-projectors bench --quick`, then draw the CSV it names", file=sys.stderr)
-        return 1
-    print(f"Drawn to {target}")
-    return 0
 
 
 def run_show(arguments: argparse.Namespace) -> int:
@@ -243,7 +119,7 @@ def run_show(arguments: argparse.Namespace) -> int:
             arguments.token,
         )
     except ImportError as error:
-        return lacks_package("the picture", "bench", error)
+        return lacks_package("the picture", "viz", error)
     except (OSError, ValueError) as error:
         print(f"cannot show {arguments.image}: {error}", file=sys.stderr)
         return 1

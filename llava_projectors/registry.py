@@ -1,8 +1,7 @@
-"""Projector name -> class, and everything that a type string resolves to.
+"""What a type string resolves to: a projector class and the value of every option.
 
-Every projector in `projectors/` is registered here. Other distributions add types by naming
-a module under the entry-point group `llava_projectors`; it is imported, and registers its
-own, when a type is first looked up.
+Importing a module in `projectors/` registers its class. Other distributions name a module under
+the entry-point group `llava_projectors`; it is imported when a type is first looked up.
 """
 
 from __future__ import annotations
@@ -11,20 +10,19 @@ import importlib
 import importlib.metadata
 import logging
 import pkgutil
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llava_projectors import projectors
+from llava_projectors.projectors import registration
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import (
     Option,
     ProjectorSpec,
     ProjectorSpecError,
-    declared_options,
     parse_type_string,
     split_type_string,
     suggest,
@@ -36,59 +34,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "llava_projectors"
-# LLaVA's own names: taking one over would change models that do not use this package.
-LLAVA_TYPES = re.compile(r"linear|identity|mlp\d+x_gelu")
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
-
-_classes: dict[str, type[Projector]] = {}
-_options: dict[str, dict[str, Option]] = {}
-
-ProjectorClass = TypeVar("ProjectorClass", bound=type[Projector])
-
-
-def register_projector(name: str) -> Callable[[ProjectorClass], ProjectorClass]:
-    """Class decorator: make `--mm_projector_type name` build this class.
-
-    The class derives from `llava_projectors.Projector`; the keyword-only parameters of its
-    `__init__` become the options of the type. Defining the same class again, as re-running
-    a notebook cell does, replaces it.
-
-    Raises:
-        ValueError: the name is no lower-case identifier, is LLaVA's own, or is taken.
-        TypeError: not a Projector, or an option that no type string could give.
-    """
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"projector name {name!r} must be lower-case letters, digits and underscores")
-    if LLAVA_TYPES.fullmatch(name):
-        raise ValueError(f"projector name {name!r} is LLaVA's own; choose another")
-
-    def register(cls: ProjectorClass) -> ProjectorClass:
-        if not (isinstance(cls, type) and issubclass(cls, Projector)):
-            raise TypeError(f"{cls!r} cannot be registered as {name!r}: derive it from llava_projectors.Projector")
-        taken = _classes.get(name)
-        if taken is not None and _import_path(taken) != _import_path(cls):
-            raise ValueError(f"projector name {name!r} is taken by {'.'.join(_import_path(taken))}")
-        _options[name] = declared_options(cls)
-        cls.name = name
-        _classes[name] = cls
-        return cls
-
-    return register
-
-
-def _import_path(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
 
 
 def list_projectors() -> list[str]:
     """Names of all registered projectors, sorted."""
     _load_entry_points()
-    return sorted(_classes)
+    return sorted(registration.classes)
 
 
 def projector_options(name: str) -> dict[str, Option]:
     """The options of a registered projector, in the order of its signature."""
-    return _options[name]
+    return registration.options[name]
 
 
 def is_registered(type_string: Any) -> TypeGuard[str]:
@@ -115,7 +71,7 @@ def parse_spec(type_string: str) -> ProjectorSpec:
     if not is_registered(type_string):
         raise unknown_type(type_string)
     name, _ = split_type_string(type_string)
-    return parse_type_string(type_string, _options[name])
+    return parse_type_string(type_string, registration.options[name])
 
 
 @dataclass(frozen=True)
@@ -164,9 +120,9 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
         config: LLaVA's config or arguments, read for the class's `config_options` only.
     """
     spec = parse_spec(type_string)
-    cls = _classes[spec.name]
+    cls = registration.classes[spec.name]
     options = {}
-    for option in _options[spec.name].values():
+    for option in registration.options[spec.name].values():
         value = spec.options.get(option.name)
         from_config = getattr(config, option.name, None) if option.name in cls.config_options else None
         if value is None and from_config is not None:
@@ -208,11 +164,9 @@ def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
     return found.get(ENTRY_POINT_GROUP, ())  # Python 3.9
 
 
-def _register_built_ins() -> None:
-    for found in pkgutil.iter_modules(projectors.__path__, f"{projectors.__name__}."):
-        for value in vars(importlib.import_module(found.name)).values():
-            if isinstance(value, type) and value.__module__ == found.name and "name" in vars(value):
-                register_projector(vars(value)["name"])(value)
+def _import_built_ins() -> None:
+    for module in pkgutil.iter_modules(projectors.__path__, f"{projectors.__name__}."):
+        importlib.import_module(module.name)
 
 
-_register_built_ins()
+_import_built_ins()

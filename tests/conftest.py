@@ -17,7 +17,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wro
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit; the demo is what uses a GPU
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
 
-from llava_projectors.demo import assets, train
+from llava_projectors.tiny import assets, train
 
 
 def skip_unless_llava_trains():

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_projectors import features_for, randomise, relative_error
 
 from llava_projectors import ProjectorSpecError, build_projector
-from llava_projectors.demo import train
 from llava_projectors.projectors.resampler import sine_positions
+from llava_projectors.tiny import train
 
 
 def linear(w, name, x):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_projectors.demo.train import losses, training_command
+from llava_projectors.tiny.train import losses, training_command
 
 OURS = ("saep", "tokenpacker")
 # LLaVA's script synchronises CUDA before it saves with DeepSpeed, also where there is none. It leaves
@@ -51,7 +51,7 @@ def train(tiny, equal_data, trained):
     (shim / "sitecustomize.py").write_text(SHIM)
 
     def run(name, projector_type, ranks=1, stage=None, **arguments):
-        from llava_projectors.demo import train as demo_train
+        from llava_projectors.tiny import train as demo_train
 
         options = demo_train.finetune_arguments(
             equal_data,

@@ -56,7 +56,7 @@ def test_it_is_off_by_default_and_on_a_cpu(monkeypatch):
 
 
 def test_the_benchmark_switches_it_on_for_its_own_candidate(monkeypatch):
-    from llava_projectors.benchmarks import suites
+    from benchmarks.speed import suites
 
     switched = []
     monkeypatch.setattr(kernels, "are_wanted", lambda _: switched.append(os.environ.get(kernels.VARIABLE)) or False)

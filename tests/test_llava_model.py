@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import llava_projectors
-from llava_projectors import ProjectorSpecError, registry
+from llava_projectors import ProjectorSpecError
+from llava_projectors.projectors import registration
 
 IMAGE, IGNORE = -200, -100
 COUNTS = {
@@ -191,8 +192,8 @@ def test_scale_factor_of_the_config(build_model, tiny, tmp_path):
 
 
 def test_a_registered_type_works_like_a_built_in_one(build_model, monkeypatch):
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-    monkeypatch.setattr(registry, "_options", dict(registry._options))
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
 
     @llava_projectors.register_projector("first_patches")
     class FirstPatches(llava_projectors.Projector):

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from llava_projectors import ProjectorSpecError
-from llava_projectors.demo.run import ask
-from llava_projectors.demo.train import TrainingFailed, losses
+from llava_projectors.demo import ask
 from llava_projectors.integration.weights import ProjectorWeightsError
+from llava_projectors.tiny.train import TrainingFailed, losses
 
 OURS = ("saep", "tokenpacker")
 
@@ -173,7 +173,7 @@ def test_bad_input_stops_training_before_it_starts(llava_train, projector_type, 
 
 
 def test_a_stride_larger_than_the_grid_stops_training(llava_train, tmp_path):
-    from llava_projectors.demo.assets import make_vision_tower
+    from llava_projectors.tiny.assets import make_vision_tower
 
     tower = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=42)
     with pytest.raises(ProjectorSpecError, match="stride=4 must be 1 to 3, the side of the patch grid"):
@@ -181,7 +181,7 @@ def test_a_stride_larger_than_the_grid_stops_training(llava_train, tmp_path):
 
 
 def test_a_grid_that_the_stride_does_not_divide_trains(tiny, tmp_path):
-    from llava_projectors.demo.assets import make_vision_tower
+    from llava_projectors.tiny.assets import make_vision_tower
 
     tower = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70)
     folder, output = tiny.pretrain("padded", "tokenpacker", vision_tower=tower)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from llava_projectors import ProjectorWeightsError
-from llava_projectors.demo.train import losses
+from llava_projectors.integration.weights import awaited_weights
+from llava_projectors.tiny.train import losses
 
 OURS = ("saep", "tokenpacker")
 LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -184,7 +185,7 @@ def test_other_llms(model_args, tmp_path, kind, projector_type):
     model.save_pretrained(tmp_path / "base")
 
     model = type(model).from_pretrained(tmp_path / "base")
-    assert not model.get_model().mm_projector.awaited_weights
+    assert not awaited_weights(model.get_model().mm_projector)
     model.get_vision_tower().load_model()
     peft_model = get_peft_model(model, LoraConfig(target_modules=find_all_linear_names(model), task_type="CAUSAL_LM"))
     wraps_projector = any("mm_projector" in name and "lora_" in name for name, _ in peft_model.named_parameters())

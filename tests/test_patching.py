@@ -196,7 +196,7 @@ def test_forks_with_another_package_name(tmp_path):
 
 def test_training_a_fork(tmp_path, tiny, can_train):
     """LLaVA's own training script under another name, from adapter to checkpoint."""
-    from llava_projectors.demo import train
+    from llava_projectors.tiny import train
 
     environment = {
         "PYTHONPATH": str(copy_llava(tmp_path, "myfork")),

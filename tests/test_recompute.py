@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_projectors.projectors.base import TwoLayerMLP
+from llava_projectors.projectors.layers import TwoLayerMLP
 from llava_projectors.projectors.recompute import recomputed, remember
 
 

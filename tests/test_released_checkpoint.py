@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_projectors import GOLDEN, naive_tokenpacker, published_weights, relative_error
 
-from llava_projectors.demo import assets
+from llava_projectors.tiny import assets
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])

@@ -8,14 +8,15 @@ import pytest
 
 import llava_projectors as lp
 from llava_projectors import registry
+from llava_projectors.projectors import registration
 
 BUILT_IN = ("avg_pool", "c_abstractor", "ldpv2", "pixel_shuffle", "resampler", "saep", "tokenpacker")
 
 
 @pytest.fixture
 def clean_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-    monkeypatch.setattr(registry, "_options", dict(registry._options))
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_bad_settings_are_explained_before_weights_are_read(towers, monkeypatch,
 
 def test_a_grid_that_the_stride_does_not_divide(towers, tmp_path):
     """A partial region counts as a whole one: 5 patches with stride 2 give 3 tokens a side."""
-    from llava_projectors.demo.assets import make_vision_tower
+    from llava_projectors.tiny.assets import make_vision_tower
 
     small = str(make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70))
     assert towers("saep:stride=2", mm_vision_tower=small).num_patches == 9

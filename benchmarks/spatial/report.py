@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
 from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind, parse
-from llava_projectors.benchmarks.models import STOCK
+from benchmarks.speed.models import STOCK
 
 DRAWS = 2000
 OURS = ("saep", "tokenpacker")

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import measure
 from benchmarks.spatial import language, vision
 from benchmarks.spatial.probe import probe
 from benchmarks.spatial.scenes import PATCHES_A_SIDE
 from benchmarks.spatial.store import Split
 from benchmarks.spatial.train import run
+from benchmarks.speed.models import STOCK
 from llava_projectors import registry
-from llava_projectors.benchmarks import measure
-from llava_projectors.benchmarks.models import STOCK
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Optional
 
+from llava_projectors import autoload
+from llava_projectors.columns import print_columns
 from llava_projectors.integration import seams
 from llava_projectors.integration.forks import known_forks
 
@@ -68,17 +71,17 @@ class Diagnosis:
         return {"healthy": self.healthy, **asdict(self)}
 
 
-def diagnose(packages: list[str], disabled_by: Optional[str]) -> Diagnosis:
+def diagnose(packages: list[str]) -> Diagnosis:
     """Examine this environment.
 
     Args:
         packages: names to look at, `llava` and forks.
-        disabled_by: the environment variable that switches the hook off, if it does.
     """
     problems = []
     armed = _starts_armed()
-    if disabled_by:
-        problems.append(f"the hook is switched off by the environment variable {disabled_by}: unset it")
+    if autoload.is_disabled():
+        variable = f"{autoload.DISABLE_VARIABLE}={os.environ[autoload.DISABLE_VARIABLE]}"
+        problems.append(f"the hook is switched off by the environment variable {variable}: unset it")
         armed = False
     elif not armed:
         problems.append(
@@ -199,3 +202,20 @@ def _submodules(parent: str, pattern: str) -> list[str]:
     except (ImportError, AttributeError):
         return []
     return [f"{parent}.{m.name}" for m in pkgutil.iter_modules(path) if fnmatchcase(m.name, pattern)]
+
+
+def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
+    """Print it for people, or as JSON."""
+    if as_json:
+        print(json.dumps(diagnosis.as_dict(), indent=2))
+        return
+    print(f"python        {diagnosis.python}")
+    print(f"hook          {'armed' if diagnosis.armed else 'not armed'} in a fresh interpreter")
+    for package in diagnosis.packages:
+        print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
+        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams], "    ")
+    print("versions      " + ", ".join(f"{name} {version or '-'}" for name, version in diagnosis.versions.items()))
+    for problem in [*diagnosis.problems, *(p for package in diagnosis.packages for p in package.problems)]:
+        print(f"PROBLEM: {problem}")
+    if diagnosis.healthy:
+        print("All is well: pass --mm_projector_type saep (or tokenpacker) to LLaVA's scripts.")

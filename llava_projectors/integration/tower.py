@@ -14,8 +14,8 @@ from typing import Any, Callable, ClassVar
 import torch
 from torch import nn
 
-from llava_projectors.integration.early_exit import EarlyExit
 from llava_projectors.integration.forks import DROPPED_LAYERS, SECOND_TOWER_SETTINGS
+from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.spec import ProjectorSpecError, format_value
 
@@ -27,9 +27,11 @@ class MultiLayerTower(nn.Module):
         projector_layers: indices into the tower's hidden states, the last one LLaVA's own choice.
         patch_side: side of the patch grid before the projector.
         token_side: side of the grid of visual tokens after it.
-        tower_forward: the forward of LLaVA's class, which decides on dtypes, devices and gradients.
+        tower_class: LLaVA's class.
+        tower_forward: its forward, which decides on dtypes, devices and gradients.
     """
 
+    tower_class: ClassVar[type[nn.Module]]
     tower_forward: ClassVar[Callable[..., Any]]
     projector_layers: tuple[int, ...]
     patch_side: int
@@ -38,7 +40,8 @@ class MultiLayerTower(nn.Module):
     def forward(self, images: Any) -> Any:
         """LLaVA's own forward, on a copy of the tower whose vision model stops at the highest layer asked for."""
         tower: Any = copy.copy(self)
-        tower._modules = {**self._modules, "vision_tower": EarlyExit(tower.vision_tower, self.projector_layers)}
+        truncated = TruncatedVisionModel(tower.vision_tower, self.projector_layers)
+        tower._modules = {**self._modules, "vision_tower": truncated}
         return self.tower_forward(tower, images)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
@@ -66,7 +69,7 @@ class MultiLayerTower(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        return _rebuild, (type(self).__mro__[2],), dict(self.__dict__)
+        return _rebuild, (self.tower_class,), dict(self.__dict__)
 
 
 @cache
@@ -76,7 +79,7 @@ def _subclass(tower_class: Any) -> type[nn.Module]:
     return type(
         f"MultiLayer{tower_class.__name__}",
         (MultiLayerTower, tower_class),
-        {"tower_forward": staticmethod(tower_forward)},
+        {"tower_class": tower_class, "tower_forward": staticmethod(tower_forward)},
     )
 
 

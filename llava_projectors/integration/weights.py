@@ -24,6 +24,8 @@ from llava_projectors.spec import ProjectorSpecError
 Shapes = dict[str, tuple[int, ...]]
 
 MARKER = "mm_projector."
+# An attribute of the projector, so that a copy of the model still knows.
+_AWAITED = "_awaited_weights"
 ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 
 
@@ -170,6 +172,12 @@ def check_adapter(projector: Projector, type_string: str, path: str) -> None:
     )
 
 
+def awaited_weights(projector: Projector) -> frozenset[str]:
+    """Parameters that a checkpoint was to provide and has not, yet."""
+    awaited: frozenset[str] = getattr(projector, _AWAITED, frozenset())
+    return awaited
+
+
 def guard(projector: Projector) -> None:
     """Let no state dict with other keys or shapes into this projector, however it is loaded."""
     projector._register_load_state_dict_pre_hook(_check_state_dict, with_module=True)  # type: ignore[no-untyped-call]
@@ -186,7 +194,7 @@ def _check_state_dict(module: Projector, state_dict: Mapping[str, Any], prefix: 
         raise ProjectorWeightsError(
             f"weights do not fit the projector {module.name!r}: {wrong}. {likely_cause(module, found)}"
         )
-    module.awaited_weights = module.awaited_weights - found.keys()
+    setattr(module, _AWAITED, awaited_weights(module) - found.keys())
 
 
 def projectors_of(model: nn.Module) -> Iterator[tuple[str, Projector]]:
@@ -214,7 +222,7 @@ def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> 
         if not (missing or mismatched or left_over):
             continue
         if missing == expected.keys() and not left_over:
-            projector.awaited_weights = frozenset(missing)
+            setattr(projector, _AWAITED, frozenset(missing))
             projector.register_forward_pre_hook(_refuse_without_weights)
             continue
         found: Shapes = {name: shape for name, shape in expected.items() if name not in missing}
@@ -233,10 +241,11 @@ def _misfit(projector: Projector, source: str, wrong: str, found: Shapes) -> Pro
 def check_complete(model: nn.Module, source: str) -> None:
     """Raise when weights are still awaited after LLaVA's loader has finished."""
     for _, projector in projectors_of(model):
-        if projector.awaited_weights:
+        missing = awaited_weights(projector)
+        if missing:
             raise ProjectorWeightsError(
                 f"the projector {projector.name!r} got no weights from {source}: "
-                f"missing: {_shorten(sorted(projector.awaited_weights))}. {_explain_source(projector, source)}"
+                f"missing: {_shorten(sorted(missing))}. {_explain_source(projector, source)}"
             )
 
 
@@ -251,10 +260,11 @@ def _explain_source(projector: Projector, source: str) -> str:
 
 
 def _refuse_without_weights(module: Projector, _: Any) -> None:
-    if module.awaited_weights:
+    missing = awaited_weights(module)
+    if missing:
         raise ProjectorWeightsError(
             f"the projector {module.name!r} has random weights, no checkpoint has provided: "
-            f"{_shorten(sorted(module.awaited_weights))}. First load a checkpoint that has projector weights, "
+            f"{_shorten(sorted(missing))}. First load a checkpoint that has projector weights, "
             "or an mm_projector.bin or non_lora_trainables.bin, into the model"
         )
 

@@ -6,9 +6,13 @@ from typing import Literal, Optional
 
 import torch
 
-from llava_projectors.projectors.base import Projector, TwoLayerMLP, average_regions
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.grid import average_regions
+from llava_projectors.projectors.layers import TwoLayerMLP
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("avg_pool")
 class AvgPool(Projector):
     """Mean of each region, then LLaVA-1.5's MLP; the "average pooling" of TokenPacker's table (arXiv 2407.02392).
 
@@ -21,8 +25,6 @@ class AvgPool(Projector):
         stride: s, side of the region of patches that becomes one token.
         layers: hidden states to read, ascending; default the one that LLaVA selects.
     """
-
-    name = "avg_pool"
 
     def __init__(
         self,

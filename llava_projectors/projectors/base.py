@@ -1,4 +1,4 @@
-"""What every projector shares: the feature contract, the patch grid and its regions, and the checks."""
+"""The contract that every projector keeps: features in, visual tokens out, and what its class declares."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-
-from llava_projectors.projectors.recompute import recomputed, remember
 
 # The first two parameters of a projector are positional and come from LLaVA's config;
 # its options are keyword-only. See `llava_projectors.spec.declared_options`.
@@ -54,14 +51,12 @@ class Projector(nn.Module):
         default_layers: the selected hidden state's index -> the hidden states to aggregate.
         stride_option: the name that the stride has among the options.
         config_options: options that LLaVA's config may give when the type string does not.
-        awaited_weights: parameters that a checkpoint was to provide and has not, yet.
     """
 
     name: ClassVar[str]
     default_layers: ClassVar[Any] = staticmethod(single_layer)
     stride_option: ClassVar[str] = "stride"
     config_options: ClassVar[tuple[str, ...]] = ()
-    awaited_weights: frozenset[str] = frozenset()
 
     def __init__(self, mm_hidden_size: int, hidden_size: int, layers: Optional[tuple[int, ...]], stride: int) -> None:
         super().__init__()
@@ -115,76 +110,3 @@ class Projector(nn.Module):
             f"mm_hidden_size={self.mm_hidden_size}, hidden_size={self.hidden_size}, "
             f"num_levels={self.num_levels}, stride={self.stride}"
         )
-
-
-def pad_grid(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """Zeros below and on the right until the stride divides both sides: [B, H, W, C] -> [B, H', W', C]."""
-    height, width = grid.shape[1:3]
-    if height % stride == 0 and width % stride == 0:
-        return grid
-    return F.pad(grid, (0, 0, 0, -width % stride, 0, -height % stride))
-
-
-def to_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """A padded grid, cut into regions: [B, H', W', C] -> the view [B, H'/s, s, W'/s, s, C]."""
-    return grid.unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
-
-
-def region_mask(grid: torch.Tensor, stride: int) -> Optional[torch.Tensor]:
-    """Which positions of each region are patches: None for all, or bool [1, h, s, w, s, 1] for a grid [B, H, W, C]."""
-    height, width = grid.shape[1:3]
-    if height % stride == 0 and width % stride == 0:
-        return None
-    return to_regions(pad_grid(grid.new_ones(1, height, width, 1), stride), stride).bool()
-
-
-def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """Mean of the patches of each region, padding left out: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), C]."""
-    average = to_regions(pad_grid(grid, stride), stride).mean((2, 4))
-    mask = region_mask(grid, stride)
-    return average if mask is None else average / mask.to(average.dtype).mean((2, 4))
-
-
-def head_count(width: int) -> int:
-    """Attention heads of 128 channels, or wider ones where that does not divide the width."""
-    heads = max(1, width // 128)
-    while width % heads:
-        heads -= 1
-    return heads
-
-
-class TwoLayerMLP(nn.Sequential):
-    """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks.
-
-    Values and parameter names of the plain `nn.Sequential`; the GELU's output is not kept for
-    the backward pass.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        expand, activate, mix = self
-        activated, made = remember(activate, expand(x))
-        with recomputed(made):
-            return mix(activated)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` with one filter a channel; on a CPU, half precision is computed in float32.
-
-    oneDNN has no fast backward pass for it in bfloat16: 24 ms against 2.4 ms in float32, for 4
-    images of 24x24 patches and 1024 channels on two cores.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int) -> None:
-        super().__init__(channels, channels, kernel_size, stride=stride, padding=padding, groups=channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, C, H, W] -> [B, C, H', W']."""
-        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast("cpu", enabled=False):
-            return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)

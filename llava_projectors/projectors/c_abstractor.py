@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.base import DepthwiseConv2d, Projector, TwoLayerMLP, average_regions
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.grid import average_regions
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("c_abstractor")
 class CAbstractor(Projector):
     """Residual bottlenecks, average pooling, residual bottlenecks, MLP: Honeybee (arXiv 2312.06742, section 3.2).
 
@@ -29,8 +33,6 @@ class CAbstractor(Projector):
     Raises:
         ValueError: a depth below 1.
     """
-
-    name = "c_abstractor"
 
     def __init__(
         self,

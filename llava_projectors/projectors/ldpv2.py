@@ -6,9 +6,13 @@ from typing import Literal, Optional
 
 import torch
 
-from llava_projectors.projectors.base import DepthwiseConv2d, Projector, TwoLayerMLP, average_regions
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.grid import average_regions
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("ldpv2")
 class LDPv2(Projector):
     """MobileVLM V2's lightweight downsample projector (arXiv 2402.03766, section 3.3).
 
@@ -23,8 +27,6 @@ class LDPv2(Projector):
         stride: s, side of the region of patches that becomes one token.
         layers: hidden states to read, ascending; default the one that LLaVA selects.
     """
-
-    name = "ldpv2"
 
     def __init__(
         self,

@@ -7,9 +7,13 @@ from typing import Literal, Optional
 import torch
 from torch import nn
 
-from llava_projectors.projectors.base import Projector, TwoLayerMLP, pad_grid, to_regions
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.grid import pad_grid, to_regions
+from llava_projectors.projectors.layers import TwoLayerMLP
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("pixel_shuffle")
 class PixelShuffle(Projector):
     """Space to depth, LayerNorm, MLP, as in InternVL 1.5 (arXiv 2404.16821, section 3.1).
 
@@ -23,8 +27,6 @@ class PixelShuffle(Projector):
         stride: s, side of the region of patches that becomes one token.
         layers: hidden states to read, ascending; default the one that LLaVA selects.
     """
-
-    name = "pixel_shuffle"
 
     def __init__(
         self,

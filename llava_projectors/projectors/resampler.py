@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.base import Projector, head_count
+from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.layers import head_count
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("resampler")
 class Resampler(Projector):
     """One layer of cross-attention from learned queries to all patches, as in Qwen-VL (arXiv 2308.12966, section 2.1).
 
@@ -29,8 +32,6 @@ class Resampler(Projector):
     Raises:
         ValueError: `num_queries` is not the square of a positive number.
     """
-
-    name = "resampler"
 
     def __init__(
         self,

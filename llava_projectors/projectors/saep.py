@@ -7,16 +7,13 @@ from typing import Literal, Optional
 import torch
 from torch import nn
 
-from llava_projectors.projectors.base import (
-    DepthwiseConv2d,
-    Projector,
-    TwoLayerMLP,
-    average_regions,
-    multi_level_layers,
-    pad_grid,
-)
+from llava_projectors.projectors.base import Projector, multi_level_layers
+from llava_projectors.projectors.grid import average_regions, pad_grid
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("saep")
 class SAEP(Projector):
     """Spatial-Aware Efficient Projector, arXiv 2410.10319, as we read its abstract.
 
@@ -51,7 +48,6 @@ class SAEP(Projector):
         ValueError: a kernel smaller than the stride, or an inner size below 1.
     """
 
-    name = "saep"
     default_layers = staticmethod(multi_level_layers)
 
     def __init__(

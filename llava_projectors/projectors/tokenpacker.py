@@ -10,18 +10,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from llava_projectors.projectors import kernels
-from llava_projectors.projectors.base import (
-    Projector,
-    TwoLayerMLP,
-    head_count,
-    multi_level_layers,
-    pad_grid,
-    region_mask,
-    to_regions,
-)
+from llava_projectors.projectors.base import Projector, multi_level_layers
+from llava_projectors.projectors.grid import pad_grid, region_mask, to_regions
+from llava_projectors.projectors.layers import TwoLayerMLP, head_count
 from llava_projectors.projectors.recompute import is_compiling, recomputed, remember
+from llava_projectors.projectors.registration import register_projector
 
 
+@register_projector("tokenpacker")
 class TokenPacker(Projector):
     """TokenPacker, arXiv 2407.02392, sections 3.1 and 3.2; names and shapes as published.
 
@@ -44,7 +40,6 @@ class TokenPacker(Projector):
         layers: hidden states to aggregate, ascending; default `multi_level_layers`.
     """
 
-    name = "tokenpacker"
     default_layers = staticmethod(multi_level_layers)
     stride_option = "scale_factor"
     config_options = ("scale_factor",)

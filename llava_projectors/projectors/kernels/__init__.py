@@ -1,7 +1,7 @@
 """Fused kernels for CUDA, in Triton, which need not be installed: what they replace is the default.
 
 They are tested in Triton's interpreter. Whether one beats the eager code is for
-`llava-projectors bench` to show on the GPU at hand; until then it has to be switched on.
+`python -m benchmarks.speed` to show on the GPU at hand; until then it has to be switched on.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import nn
 ENCODER = ("vision_model", "encoder")
 
 
-class EarlyExit:
+class TruncatedVisionModel:
     """Stands for a vision model in one forward of LLaVA's tower; all but the call is the model's own.
 
     Args:

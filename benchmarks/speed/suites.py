@@ -11,10 +11,10 @@ from typing import Any, Callable, Optional
 import torch
 from torch import nn
 
+from benchmarks.speed import flops, models
+from benchmarks.speed.models import PATCHES_A_SIDE, STOCK
+from benchmarks.speed.naive import NaiveTokenPacker
 from llava_projectors import registry
-from llava_projectors.benchmarks import flops, models
-from llava_projectors.benchmarks.models import PATCHES_A_SIDE, STOCK
-from llava_projectors.benchmarks.naive import NaiveTokenPacker
 from llava_projectors.projectors import kernels
 
 REDUCING = tuple(f"{name}={stride}" for name in ("saep:stride", "tokenpacker:scale_factor") for stride in (2, 3, 4))

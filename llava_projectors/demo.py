@@ -14,8 +14,8 @@ import transformers
 from PIL import Image
 
 from llava_projectors.columns import print_columns
-from llava_projectors.demo.assets import QUESTION, make_dataset, make_llm, make_vision_tower
-from llava_projectors.demo.train import (
+from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower
+from llava_projectors.tiny.train import (
     TrainingFailed,
     finetune_arguments,
     losses,

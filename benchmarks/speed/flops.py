@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.models import STOCK
 from llava_projectors import registry
-from llava_projectors.benchmarks.models import STOCK
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.saep import SAEP
 from llava_projectors.projectors.tokenpacker import TokenPacker

@@ -1,4 +1,4 @@
-"""One picture of the CSV that `llava-projectors bench` wrote."""
+"""One picture of the CSV that `python -m benchmarks.speed` wrote."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from llava_projectors.benchmarks.models import STOCK
-from llava_projectors.benchmarks.report import Row, group_name, read_rows
+from benchmarks.speed.models import STOCK
+from benchmarks.speed.report import Row, group_name, read_rows
 
 COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", "triton": "tab:green", STOCK: "black"}
 SHADES = {"144": 1.0, "64": 0.75, "36": 0.5}  # of a type's colour, by visual tokens

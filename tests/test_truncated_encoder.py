@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModel
 
-from llava_projectors.integration.early_exit import EarlyExit
+from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 
 LAYERS = (2, 4, 6, 7)
 
@@ -35,7 +35,7 @@ def watch(model, stack, record):
 def test_the_same_bits(model, images, layers):
     with torch.no_grad():
         stock = model(images, output_hidden_states=True).hidden_states
-        ours = EarlyExit(model, layers)(images, output_hidden_states=True).hidden_states
+        ours = TruncatedVisionModel(model, layers)(images, output_hidden_states=True).hidden_states
     assert tuple(ours) == layers
     assert all(torch.equal(ours[layer], stock[layer]) for layer in layers)
 
@@ -44,7 +44,7 @@ def test_layers_above_the_highest_do_not_run(model, images):
     ran = []
     with ExitStack() as stack, torch.no_grad():
         watch(model, stack, lambda index, _: ran.append(index))
-        EarlyExit(model, LAYERS)(images)
+        TruncatedVisionModel(model, LAYERS)(images)
     assert ran == list(range(7))
 
 
@@ -52,7 +52,7 @@ def test_only_what_is_asked_for_is_kept(model, images):
     outputs = {}
     with ExitStack() as stack, torch.no_grad():
         watch(model, stack, lambda index, out: outputs.update({index + 1: weakref.ref(out)}))
-        hidden_states = EarlyExit(model, LAYERS)(images).hidden_states
+        hidden_states = TruncatedVisionModel(model, LAYERS)(images).hidden_states
         gc.collect()
         assert tuple(layer for layer, ref in outputs.items() if ref() is not None) == LAYERS == tuple(hidden_states)
 
@@ -61,7 +61,7 @@ def test_the_model_is_as_before(model, images):
     before = {name: id(module) for name, module in model.named_modules()}
     keys = list(model.state_dict())
     with torch.no_grad():
-        EarlyExit(model, LAYERS)(images)
+        TruncatedVisionModel(model, LAYERS)(images)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert list(model.state_dict()) == keys
     assert len(model.vision_model.encoder.layers) == 8
@@ -75,7 +75,7 @@ def test_an_unfrozen_tower_gets_the_stock_gradients(model, images, checkpointing
         model.gradient_checkpointing_enable()
         model.vision_model.embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_())
     gradients = []
-    for run in (model, EarlyExit(model, LAYERS)):
+    for run in (model, TruncatedVisionModel(model, LAYERS)):
         model.zero_grad(set_to_none=True)
         hidden_states = run(images, output_hidden_states=True).hidden_states
         sum(hidden_states[layer].square().mean() for layer in LAYERS).backward()
@@ -91,7 +91,7 @@ def test_an_unfrozen_tower_gets_the_stock_gradients(model, images, checkpointing
 def test_threads_do_not_meet(model):
     """LLaVA's worker serves several requests from threads."""
     inputs = [torch.randn(1, 3, 336, 336) for _ in range(8)]
-    towers = [EarlyExit(model, layers) for layers in ((4,), (3, 7))] * 4
+    towers = [TruncatedVisionModel(model, layers) for layers in ((4,), (3, 7))] * 4
 
     def run(tower, x):
         with torch.no_grad():
@@ -113,7 +113,7 @@ def test_a_model_spread_over_devices_runs_whole(model, images):
         stock = model(images, output_hidden_states=True).hidden_states
         for module in model.modules():
             add_hook_to_module(module, AlignDevicesHook("cpu"))
-        ours = EarlyExit(model, LAYERS)(images, output_hidden_states=True).hidden_states
+        ours = TruncatedVisionModel(model, LAYERS)(images, output_hidden_states=True).hidden_states
     assert all(torch.equal(ours[layer], stock[layer]) for layer in LAYERS)
 
 
@@ -123,9 +123,9 @@ def test_a_model_built_otherwise_runs_whole(images):
             assert output_hidden_states
             return [images]
 
-    assert EarlyExit(Other(), LAYERS)(images, output_hidden_states=True) == [images]
+    assert TruncatedVisionModel(Other(), LAYERS)(images, output_hidden_states=True) == [images]
 
 
 def test_everything_else_is_the_models_own(model):
-    assert EarlyExit(model, LAYERS).config is model.config
-    assert EarlyExit(model, LAYERS).dtype == torch.float32
+    assert TruncatedVisionModel(model, LAYERS).config is model.config
+    assert TruncatedVisionModel(model, LAYERS).dtype == torch.float32

@@ -14,9 +14,10 @@ from typing import Any, Optional
 import torch
 from tqdm import tqdm
 
-from llava_projectors.benchmarks import flops, measure
-from llava_projectors.benchmarks.report import print_report, write_rows
-from llava_projectors.benchmarks.suites import PLANS, SUITES, Group, Plan
+from benchmarks import measure
+from benchmarks.speed import flops
+from benchmarks.speed.report import print_report, write_rows
+from benchmarks.speed.suites import PLANS, SUITES, Group, Plan
 
 YARDSTICK = "matrix product"
 
@@ -57,7 +58,7 @@ def bench(suites: Sequence[str], device: torch.device, quick: bool, path: Path) 
     print_report(rows)
     for what in left_out:
         print(f"LEFT OUT, {what}")
-    print(f"\nWritten to {path}; draw it with: llava-projectors plot {path}")
+    print(f"\nWritten to {path}")
     return 0
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable
 
-from llava_projectors.benchmarks.models import STOCK
+from benchmarks.speed.models import STOCK
 from llava_projectors.columns import print_columns
 
 Row = dict[str, Any]

@@ -1,0 +1,6 @@
+"""Pictures of what each visual token was made from."""
+
+from llava_projectors.viz.maps import token_maps
+from llava_projectors.viz.show import show
+
+__all__ = ["show", "token_maps"]
