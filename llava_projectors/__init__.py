@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from llava_projectors.registry import build_projector, list_projectors, parse_spec
     from llava_projectors.spec import ProjectorSpec, ProjectorSpecError
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Projector",
     "ProjectorSpec",
@@ -45,15 +47,13 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "__version__":
-        return import_module("importlib.metadata").version("llava-projectors")
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, "__version__"])
+    return sorted([*globals(), *_HOME])
 
 
 arm_from_environment()

@@ -2,6 +2,11 @@
 
 The start-up file of the wheel imports this in every interpreter of the environment, so
 it uses the standard library only, costs well under a millisecond, and never raises.
+
+Python holds its global import lock while it asks a finder for a module. A finder that imports
+there waits for ever when another thread is importing the same thing. So this one imports
+nothing, and what it needs to know of LLaVA stands below as names. The rest of this package is
+imported when a module with such a name has been executed.
 """
 
 from __future__ import annotations
@@ -21,8 +26,18 @@ DISABLE_VARIABLE = "LLAVA_PROJECTORS_DISABLE"
 PACKAGES_VARIABLE = "LLAVA_PROJECTORS_PACKAGES"
 
 
+# What `integration.seams` replaces, by the names that LLaVA and its forks give it: functions of a
+# module, methods of a class. A module that defines none of these is left alone.
+SEAM_FUNCTIONS = frozenset(
+    {"build_vision_tower", "build_image_tower", "build_vision_projector", "build_image_projector",
+     "load_pretrained_model"}
+)  # fmt: skip
+SEAM_METHODS = frozenset({"initialize_vision_modules"})
+SEAM_CLASS_ENDING = "ForCausalLM"
+
+
 class SeamFinder:
-    """A meta-path finder that lets the other finders work and then attaches the patches."""
+    """A meta-path finder that lets the other finders work and attaches the patches to what they find."""
 
     def __init__(self) -> None:
         self.packages: tuple[str, ...] = ()
@@ -31,30 +46,37 @@ class SeamFinder:
     def set_packages(self, packages: tuple[str, ...]) -> None:
         """Watch for these packages and no others."""
         self.packages = packages
-        self._prefixes = tuple(f"{package}.model." for package in packages)
+        self._prefixes = tuple(f"{package}." for package in packages)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that another finder has, with a patching loader, for modules that hold a seam; else None."""
+        """The spec that another finder has, with a patching loader, for modules of the packages; else None."""
         if not fullname.startswith(self._prefixes):
             return None
-        package = next(p for p in self.packages if fullname.startswith(f"{p}.model."))
-        try:
-            from llava_projectors.integration import seams
-
-            if not seams.has_seams(package, fullname):
-                return None
-            for finder in sys.meta_path:
-                if finder is self or not hasattr(finder, "find_spec"):
-                    continue
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
+        package = next(p for p in self.packages if fullname.startswith(f"{p}."))
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                try:
                     _patch_after_execution(spec, package)
-                    return spec
-        except Exception as error:
-            _report(fullname, package, error)
+                except Exception as error:
+                    _report(fullname, package, error)
+                return spec
         return None
+
+
+def holds_seam(module: ModuleType) -> bool:
+    """Whether the module itself defines a function or class that is patched."""
+    for name, value in list(vars(module).items()):
+        is_seam = name in SEAM_FUNCTIONS or (
+            isinstance(value, type) and (name.endswith(SEAM_CLASS_ENDING) or not SEAM_METHODS.isdisjoint(vars(value)))
+        )
+        if is_seam and value.__module__ == module.__name__:
+            return True
+    return False
 
 
 def _report(module_name: str, package: str, error: Exception) -> None:
@@ -73,14 +95,15 @@ def _report(module_name: str, package: str, error: Exception) -> None:
 def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
     """Shadow `exec_module` on this loader object, which keeps its type and its other methods."""
     loader = spec.loader
-    if loader is None:  # a namespace package: nothing is executed
+    # A namespace package executes nothing; a loader that several modules share has its shadow already.
+    if loader is None or "exec_module" in vars(loader):
         return
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
         try:
-            if package in _finder.packages:
+            if package in _finder.packages and holds_seam(module):
                 from llava_projectors.integration import seams
 
                 seams.patch_module(package, module)

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,8 @@ from llava_projectors.spec import (
     Option,
     ProjectorSpec,
     ProjectorSpecError,
+    base_name,
+    format_value,
     parse_type_string,
     split_type_string,
     suggest,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "llava_projectors"
+# In a checkpoint's config, beside the type string: the value of every option, whatever the defaults become.
+OPTIONS_SETTING = "mm_projector_options"
 
 
 def list_projectors() -> list[str]:
@@ -48,8 +52,16 @@ def projector_options(name: str) -> dict[str, Option]:
 
 
 def is_registered(type_string: Any) -> TypeGuard[str]:
-    """Whether the name in a type string is one of ours; options are not looked at."""
-    return isinstance(type_string, str) and type_string.partition(":")[0].strip() in list_projectors()
+    """Whether the name in a type string is one of ours; options are not looked at.
+
+    Other distributions are asked for their types only when the name is neither built in nor LLaVA's own.
+    """
+    if not isinstance(type_string, str):
+        return False
+    name = base_name(type_string)
+    if name in registration.classes:
+        return True
+    return registration.LLAVA_TYPES.fullmatch(name) is None and name in list_projectors()
 
 
 def unknown_type(type_string: Any) -> ProjectorSpecError:
@@ -113,22 +125,55 @@ def _quoting(type_string: str) -> Iterator[None]:
 
 
 def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
-    """Fill in the options that a type string leaves out, from `config` where the class allows, else by default.
+    """Fill in the options that a type string leaves out: as the checkpoint was trained, else by default.
 
     Args:
         type_string: one of ours.
-        config: LLaVA's config or arguments, read for the class's `config_options` only.
+        config: LLaVA's config or arguments. Training writes every option there (`OPTIONS_SETTING`);
+            of configs without that, the class's `config_options` are read.
+
+    Raises:
+        ProjectorSpecError: the type string is none, or says something else than the checkpoint's own options.
+
+    Example:
+        >>> resolve("saep:stride=3").options["stride"]
+        3
     """
     spec = parse_spec(type_string)
     cls = registration.classes[spec.name]
+    known = registration.options[spec.name]
+    recorded = _recorded_options(type_string, config, known)
     options = {}
-    for option in registration.options[spec.name].values():
-        value = spec.options.get(option.name)
+    for option in known.values():
+        given, kept = spec.options.get(option.name), recorded.get(option.name)
         from_config = getattr(config, option.name, None) if option.name in cls.config_options else None
+        if given is not None and kept is not None and not _agree(given, kept):
+            raise ProjectorSpecError(
+                f"projector type {type_string!r} has {option.name}={format_value(given)}, but the checkpoint was "
+                f"trained with {option.name}={format_value(kept)} ({OPTIONS_SETTING} in its config.json)"
+            )
+        value = given if kept is None else kept
         if value is None and from_config is not None:
             value = option.parse(str(from_config), type_string)
         options[option.name] = option.default if value is None else value
     return ResolvedSpec(type_string, cls, options)
+
+
+def _recorded_options(type_string: str, config: Any, known: Mapping[str, Option]) -> dict[str, Any]:
+    """What training wrote of the options, JSON's lists made tuples."""
+    recorded = getattr(config, OPTIONS_SETTING, None) or {}
+    unknown = ", ".join(sorted(recorded.keys() - known.keys()))
+    if unknown:
+        raise ProjectorSpecError(
+            f"projector type {type_string!r}: the checkpoint's {OPTIONS_SETTING} has {unknown}, which this version "
+            "does not know; upgrade llava-projectors"
+        )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+
+
+def _agree(given: Any, kept: Any) -> bool:
+    """Whether an option that was typed is the one that was recorded; layers counted from the end are not compared."""
+    return given == kept or (isinstance(given, tuple) and min(given) < 0)
 
 
 def build_projector(type_string: str, mm_hidden_size: int = 1024, hidden_size: int = 4096) -> Projector:

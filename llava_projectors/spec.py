@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
+# Before a name, it says that ours is meant where a fork has a type of the same name.
+PREFIX = "llava_projectors."
+
 
 class ProjectorSpecError(ValueError):
     """A projector's type string, or an option in it, cannot be used; the message says what can."""
@@ -82,9 +85,24 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
+def base_name(type_string: str) -> str:
+    """The projector's name alone.
+
+    Example:
+        >>> base_name("llava_projectors.saep:stride=3")
+        'saep'
+    """
+    return type_string.partition(":")[0].strip().removeprefix(PREFIX)
+
+
 def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
-    """`saep:stride=3` -> (`saep`, {`stride`: `3`}), the texts as they are written."""
-    name, colon, tail = type_string.partition(":")
+    """The name and the options, as texts.
+
+    Example:
+        >>> split_type_string("saep:stride=3,layers=6+12")
+        ('saep', {'stride': '3', 'layers': '6+12'})
+    """
+    _, colon, tail = type_string.partition(":")
     pairs: dict[str, str] = {}
     for part in tail.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -95,7 +113,7 @@ def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
         if key in pairs:
             raise ProjectorSpecError(f"option {key!r} is given twice in projector type {type_string!r}")
         pairs[key] = value
-    return name.strip(), pairs
+    return base_name(type_string), pairs
 
 
 def parse_type_string(type_string: str, options: Mapping[str, Option]) -> ProjectorSpec:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, registry
 from llava_projectors.integration.tower import convert_tower, resolve_layers
+from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +147,64 @@ def test_a_grid_that_the_stride_does_not_divide(towers, tmp_path):
         towers("tokenpacker", mm_vision_tower=tiny, scale_factor=4)
 
 
-def test_towers_that_are_no_single_grid_are_refused(towers, monkeypatch):
-    """A multi-scale tower (S2) concatenates channels of several scales; the released LLaVA has none yet."""
+def test_multi_scale_towers_are_refused(towers, monkeypatch):
+    """An S2 tower concatenates channels of several scales; the released LLaVA has none yet."""
     from llava.model.multimodal_encoder import clip_encoder
 
-    monkeypatch.setattr(clip_encoder.CLIPVisionTower, "hidden_size", property(lambda self: 96))
-    with pytest.raises(ProjectorSpecError, match="multi-scale vision tower CLIPVisionTower: it returns 96 channels"):
+    monkeypatch.setattr(clip_encoder.CLIPVisionTower, "s2_scales", "336,672", raising=False)
+    with pytest.raises(ProjectorSpecError, match="multi-scale vision tower CLIPVisionTower, which joins"):
         towers("saep")
+
+
+def test_a_tower_that_joins_layers_itself_gives_ours_instead(towers, images, monkeypatch):
+    """As ViP-LLaVA's `clip_4layers_336`: `feature_select` joins five hidden states, `hidden_size` says so."""
+    from llava.model.multimodal_encoder import clip_encoder
+
+    monkeypatch.setattr(clip_encoder.CLIPVisionTower, "hidden_size", property(lambda self: 5 * 32))
+    monkeypatch.setattr(
+        clip_encoder.CLIPVisionTower,
+        "feature_select",
+        lambda self, outs: torch.cat([outs.hidden_states[layer] for layer in (1, 2, 3, 4, 5)], dim=-1),
+    )
+    tower = towers("saep")
+    assert tower.hidden_size == 32
+    assert tower(images[:1]).shape == (1, 576, 4 * 32)
+
+
+def test_the_grid_is_what_the_tower_returns(towers, images, capsys):
+    """As GeoChat: the position embedding is stretched to 504 px after loading, the config still says 336."""
+    tower = towers("saep")
+    embeddings = tower.vision_tower.vision_model.embeddings
+    embeddings.position_embedding = torch.nn.Embedding(36**2 + 1, 32)
+    embeddings.position_ids = torch.arange(36**2 + 1).expand((1, -1))
+    large = torch.randn(1, 3, 504, 504)
+    features = tower(large)
+    assert features.shape == (1, 36**2, 4 * 32)
+    assert (tower.num_patches_per_side, tower.num_patches) == (18, 324)
+    hidden_states = tower.vision_tower(large, output_hidden_states=True).hidden_states
+    assert torch.equal(features[..., -32:], hidden_states[tower.projector_layers[-1]][:, 1:])
+
+
+def test_more_positions_than_a_grid_and_a_cls_token_are_an_error(towers):
+    """As a vision model with four register tokens."""
+    tower = towers("saep")
+    state = torch.zeros(1, 576 + 5, 32)
+    with pytest.raises(ProjectorSpecError, match="returned 581 positions, not the 24x24 = 576 patches and one CLS"):
+        tower.feature_select(SimpleNamespace(hidden_states=dict.fromkeys(tower.projector_layers, state)))
+
+
+def test_a_hidden_state_that_was_not_kept_says_so(towers, images):
+    """As DenseConnector and LLaVA-PruMerge ask for hidden states of their own choice."""
+    tower = towers("saep")
+    outs = TruncatedVisionModel(tower.vision_tower, tower.projector_layers)(images[:1], output_hidden_states=True)
+    with pytest.raises(ProjectorSpecError, match=r"hidden state -2 of the vision tower was not kept: only 4\+5\+6\+7"):
+        outs.hidden_states[-2]
+
+
+def test_a_setting_by_which_a_fork_joins_layers_is_refused(towers):
+    with pytest.raises(ProjectorSpecError, match="--mm_dense_connector_type dci exclude .*_type none"):
+        towers("saep", mm_dense_connector_type="dci")
+    assert towers("saep", mm_dense_connector_type="none").projector_layers == (4, 5, 6, 7)
 
 
 @pytest.fixture
@@ -206,16 +259,86 @@ def test_towers_without_cls_token_and_feature_select(siglip, projector_type, sid
     assert (tower.num_patches_per_side, tower.num_patches) == (side, side**2)
 
 
-def test_unknown_towers_are_refused(siglip):
-    tower = siglip()
-    type(tower).__name__ = "SomeTower"
-    with pytest.raises(ProjectorSpecError, match="cannot use the vision tower SomeTower"):
-        convert_tower(tower, registry.resolve("saep:stride=3"))
+def test_a_forward_that_prunes_by_itself_is_passed_over(siglip):
+    """As LLaVA-PruMerge: its forward indexes hidden states and prunes; ours selects from the vision model instead."""
+
+    class Pruning(siglip):
+        def forward(self, images):
+            return self.prune(images)
+
+        def prune(self, images):
+            return self.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, ::4]
+
+        def feature_select(self, outs):
+            raise AssertionError
+
+    tower = Pruning()
+    convert_tower(tower, registry.resolve("saep:stride=3"))
+    tower.load_model()
+    assert tower(torch.zeros(1, 3, 384, 384)).shape == (1, 729, 128)
+
+
+def test_a_forward_that_returns_the_models_outputs_too(siglip):
+    """As DenseConnector's SigLIP, which deletes no layer: its caller unpacks a pair."""
+
+    class Pair(siglip):
+        def load_model(self):
+            self.vision_tower = transformers.SiglipVisionModel(self.config)
+            self.is_loaded = True
+
+        def forward(self, images):
+            outs = self.vision_tower(images, output_hidden_states=True)
+            return outs.hidden_states[-1], outs
+
+    tower = Pair()
+    convert_tower(tower, registry.resolve("saep:stride=3"))
+    tower.load_model()
+    features, outs = tower(torch.zeros(1, 3, 384, 384))
+    assert tower.projector_layers == (14, 18, 26, 27)
+    assert features.shape == (1, 729, 128)
+    assert torch.equal(outs.hidden_states[27], features[..., -32:])
+
+
+class Convolutional(torch.nn.Module):
+    """As FastVLM's MobileCLIP and Bunny's EVA: no hidden states, a config of its own kind, features [B, N, C]."""
+
+    hidden_size, is_loaded = 8, True
+
+    def __init__(self, patches=64):
+        super().__init__()
+        self.config = {"image_cfg": {"image_size": 64}}
+        self.convolution = torch.nn.Conv2d(3, 8, 8, 8)
+        self.patches = patches
+
+    def forward(self, images):
+        return self.convolution(images).flatten(2).transpose(1, 2)[:, : self.patches]
+
+
+def test_a_tower_without_hidden_states_serves_types_of_one_layer():
+    images, tower, stock = torch.randn(2, 3, 64, 64), Convolutional(), Convolutional()
+    stock.load_state_dict(tower.state_dict())
+    with pytest.raises(ProjectorSpecError, match="reads 4 layers .* Convolutional, which gives no hidden states: pass"):
+        convert_tower(tower, registry.resolve("saep"))
+    for type_string in ("avg_pool:stride=4", "saep:layers=-1,stride=4"):
+        tower = Convolutional()
+        tower.load_state_dict(stock.state_dict())
+        convert_tower(tower, registry.resolve(type_string))
+        assert torch.equal(tower(images), stock(images))
+        assert (tower.num_patches_per_side, tower.num_patches) == (2, 4)
+        assert llava_projectors.build_projector(type_string, 8, 16)(tower(images)).shape == (2, 4, 16)
+        assert torch.equal(copy.deepcopy(tower)(images), stock(images))
+
+
+def test_a_tower_without_hidden_states_and_without_a_square_is_refused():
+    tower = Convolutional(patches=63)
+    convert_tower(tower, registry.resolve("avg_pool"))
+    with pytest.raises(ProjectorSpecError, match="Convolutional returned 63 positions"):
+        tower(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_second_tower_takes_single_layer_types(towers, images):
     """MGM's auxiliary tower attends from the first tower's features, of the width of one layer."""
-    with pytest.raises(ProjectorSpecError, match="reads 4 layers, .* --mm_vision_tower_aux takes.*pass saep:layers=7"):
+    with pytest.raises(ProjectorSpecError, match="reads 4 layers .*--mm_vision_tower_aux .*pass saep:layers=7"):
         towers("saep", mm_vision_tower_aux="convnext")
     tower = towers("saep:layers=7", mm_vision_tower_aux="convnext")
     assert torch.equal(tower(images[:1]), towers("mlp2x_gelu")(images[:1]))

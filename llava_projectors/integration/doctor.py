@@ -188,12 +188,7 @@ def _import_error(package: str) -> Optional[str]:
 
 def _seam_modules(package: str) -> dict[str, bool]:
     """Modules that the table of seams means, wildcards resolved in the folder -> whether one in it is required."""
-    names: dict[str, bool] = {}
-    for seam in seams.SEAMS:
-        parent, _, pattern = f"{package}.{seam.module}".rpartition(".")
-        for name in _submodules(parent, pattern):
-            names[name] = names.get(name, False) or seam.required
-    return names
+    return dict.fromkeys(_submodules(f"{package}.model", "*"), False)
 
 
 def _submodules(parent: str, pattern: str) -> list[str]:

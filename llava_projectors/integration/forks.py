@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,31 +19,38 @@ class Fork:
         repository: on GitHub.
         commit: that was tried.
         package: that it is imported as.
-        dropped_layers: class of a vision tower -> layers that it deletes after loading and that
-            its config still counts. Such a tower offers no choice and returns its last hidden state.
         second_tower: settings that bring a second vision tower, which reads the features of the
             first as those of one layer.
+        refused_settings: setting -> the values with which our types work, and why the others exclude
+            them; what is not set at all is fine.
     """
 
     name: str
     repository: str
     commit: str
     package: str
-    dropped_layers: Mapping[str, int] = field(default_factory=dict)
     second_tower: tuple[str, ...] = ()
+    refused_settings: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
 
 FORKS = (
     Fork("LLaVA", "haotian-liu/LLaVA", "c121f04", "llava"),
-    Fork("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "df17966", "llava", dropped_layers={"SigLipVisionTower": 1}),
+    Fork("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "df17966", "llava"),
     Fork("ShareGPT4V", "ShareGPT4Omni/ShareGPT4V", "b6f70e9", "share4v"),
     Fork("LLaVA-Med", "microsoft/LLaVA-Med", "d406e3f", "llava"),
     # The first setting is an argument of its training script, the second stands in its config.
     Fork("MGM", "dvlab-research/MGM", "769820c", "mgm", second_tower=("vision_tower_aux", "mm_vision_tower_aux")),
+    Fork(
+        "DenseConnector",
+        "HJYao00/DenseConnector",
+        "0f8936c",
+        "dc",
+        refused_settings={"mm_dense_connector_type": (("none",), "it joins hidden states of its own choice")},
+    ),
 )
 
-DROPPED_LAYERS = {tower: layers for fork in FORKS for tower, layers in fork.dropped_layers.items()}
 SECOND_TOWER_SETTINGS = tuple(setting for fork in FORKS for setting in fork.second_tower)
+REFUSED_SETTINGS = {setting: rule for fork in FORKS for setting, rule in fork.refused_settings.items()}
 
 
 def known_forks() -> str:

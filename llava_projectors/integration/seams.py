@@ -1,7 +1,9 @@
-"""The table of what is patched in LLaVA and its forks, and by what; patch, unpatch, report.
+"""The table of what is replaced in LLaVA and its forks, and by what; patch, unpatch, report.
 
-A function that other modules import by name is replaced in every module that holds it, and
-only where the very same object is found, so that `unpatch` can give each its own back.
+A seam is found by its role, wherever below the package it is defined: by the function's name, or
+by what a class defines. Only attributes that a module or class defines itself are replaced. A
+function that other modules import by name is replaced in every module that holds it, and only
+where the very same object is found, so that `unpatch` can give each its own back.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any, Callable, Union
+from typing import Any, Callable, Optional, Union
 
+from llava_projectors import autoload
 from llava_projectors.integration import wrappers
+from llava_projectors.integration.gate import Package, is_ours
+
+Owner = Union[ModuleType, type]
+Arguments = Mapping[str, Any]
 
 
 class PatchError(RuntimeError):
@@ -26,34 +32,77 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Seam:
-    """One place in LLaVA that is patched.
+    """One role in LLaVA that is replaced for models of our types.
 
     Attributes:
-        module: pattern of the module's name below the package.
-        owner: pattern of the class that has the attribute, or "" for the module itself.
-        attribute: the function or method.
-        wrap: makes the replacement from the original.
+        role: what the attribute does there.
+        names: what it is called, as a function or a method.
+        of_class: whether a class defines it.
+        settings: the call's arguments, by name and in the order of the original's signature -> what
+            the gate looks at.
+        replacement: what runs instead for our types: it gets the original, the package, and the
+            call's own arguments.
+        on_error: called instead of letting the original's ValueError through, for types that are
+            not ours.
         required: whether our types cannot work without it. The others are safeguards, which a
             program that never imports their module does without.
+        inherited: the class inherits the attribute, and gets one of its own in front of it.
     """
 
-    module: str
-    owner: str
-    attribute: str
-    wrap: Callable[[Any, Callable[[], None]], Any]
+    role: str
+    names: tuple[str, ...]
+    of_class: bool
+    settings: Callable[[Arguments], tuple[Any, ...]]
+    replacement: Callable[..., Any]
+    on_error: Optional[Callable[[ValueError, Any], ValueError]] = None
     required: bool = True
+    inherited: bool = False
 
     def __str__(self) -> str:
-        return ".".join(filter(None, (self.module, self.owner, self.attribute)))
+        return self.role
+
+
+def _argument(place: int) -> Callable[[Arguments], tuple[Any, ...]]:
+    return lambda arguments: tuple(arguments.values())[place : place + 1]
 
 
 SEAMS = (
-    Seam("model.multimodal_encoder.builder", "", "build_vision_tower", wrappers.tower_builder),
-    Seam("model.multimodal_projector.builder", "", "build_vision_projector", wrappers.projector_builder),
-    Seam("model.*_arch", "*MetaModel", "__init__", wrappers.model_constructor),
-    Seam("model.*_arch", "*MetaModel", "initialize_vision_modules", wrappers.vision_initializer),
-    Seam("model.language_model.*", "*ForCausalLM", "from_pretrained", wrappers.checkpoint_loader, required=False),
-    Seam("model.builder", "", "load_pretrained_model", wrappers.model_loader, required=False),
+    Seam("tower builder", ("build_vision_tower", "build_image_tower"), False, _argument(0), wrappers.build_tower),
+    Seam(
+        "projector builder",
+        ("build_vision_projector", "build_image_projector"),
+        False,
+        _argument(0),
+        wrappers.build_projector,
+        on_error=wrappers.explain_unknown_type,
+    ),
+    Seam("model constructor", ("__init__",), True, _argument(1), wrappers.construct_model),
+    Seam(
+        "vision initializer",
+        ("initialize_vision_modules",),
+        True,
+        wrappers.settings_of_training,
+        wrappers.initialize_vision_modules,
+    ),
+    # transformers defines it, one of its own on LLaVA's class comes before it: the loading report, which
+    # says what a checkpoint lacked, is to be had nowhere else.
+    Seam(
+        "checkpoint loader",
+        ("from_pretrained",),
+        True,
+        wrappers.settings_of_checkpoint,
+        wrappers.load_checkpoint,
+        required=False,
+        inherited=True,
+    ),
+    Seam(
+        "model loader",
+        ("load_pretrained_model",),
+        False,
+        wrappers.settings_of_model,
+        wrappers.load_model,
+        required=False,
+    ),
 )
 
 
@@ -62,10 +111,10 @@ class SeamReport:
     """What became of one seam.
 
     Attributes:
-        seam: the module pattern and attribute.
-        state: `patched`; `found` (the module is imported, the patch is off); `missing` (it is
-            imported and lacks the attribute); `waiting` (it is not imported yet).
-        where: the modules or classes concerned.
+        seam: its role.
+        state: `patched`; `found` (it is imported, the patch is off); `missing` (no module that is
+            imported so far defines it).
+        where: the functions and methods concerned.
     """
 
     seam: str
@@ -77,47 +126,45 @@ class SeamReport:
 class _Patch:
     package: str
     seam: Seam
-    owner: Union[ModuleType, type]
+    owner: Owner
+    name: str
     original: Any
     wrapper: Any
-    inherited: bool
 
 
 _patches: list[_Patch] = []
-_lock = threading.RLock()
+_packages: dict[str, Package] = {}
+_lock = threading.RLock()  # nothing may be imported under it
 
 
-def _suffix_matches(seam: Seam, package: str, module_name: str) -> bool:
-    return module_name.startswith(f"{package}.") and fnmatchcase(module_name[len(package) + 1 :], seam.module)
+def _package(name: str) -> Package:
+    return _packages.setdefault(name, Package(name, functools.partial(check_patched, name)))
 
 
-def has_seams(package: str, module_name: str) -> bool:
-    """Whether anything in this module of the package is patched."""
-    return any(_suffix_matches(seam, package, module_name) for seam in SEAMS)
+def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
+    """Where the module itself defines the seam: the module, or a class of it, and the attribute."""
+    if not seam.of_class:
+        for name in seam.names:
+            value = vars(module).get(name)
+            if callable(value) and getattr(value, "__module__", None) == module.__name__:
+                yield module, name
+        return
+    for name, value in list(vars(module).items()):
+        if not isinstance(value, type) or value.__module__ != module.__name__:
+            continue
+        if seam.inherited:
+            is_model = name.endswith(autoload.SEAM_CLASS_ENDING)
+        else:
+            is_model = not autoload.SEAM_METHODS.isdisjoint(vars(value))
+        for attribute in seam.names if is_model else ():
+            if attribute in vars(value) or (seam.inherited and hasattr(value, attribute)):
+                yield value, attribute
 
 
-def _owners(seam: Seam, module: ModuleType) -> Iterator[Union[ModuleType, type]]:
-    """The module, or the classes defined in it, that have the seam's attribute."""
-    candidates: list[Any] = [module]
-    if seam.owner:
-        candidates = [
-            value
-            for name, value in list(vars(module).items())
-            if isinstance(value, type) and value.__module__ == module.__name__ and fnmatchcase(name, seam.owner)
-        ]
-    for candidate in candidates:
-        if callable(getattr(candidate, seam.attribute, None)):
-            yield candidate
-
-
-def _attribute(owner: Union[ModuleType, type], name: str) -> Any:
-    """The attribute as it is stored, a class method unbound, in the owner or a class it inherits from."""
-    return inspect.getattr_static(owner, name)
-
-
-def _modules(package: str, seam: Seam) -> list[ModuleType]:
-    """The imported modules that the seam means."""
-    return [m for name, m in list(sys.modules.items()) if m is not None and _suffix_matches(seam, package, name)]
+def _modules(package: str) -> list[ModuleType]:
+    """The imported modules of the package that hold a seam."""
+    found = [m for name, m in list(sys.modules.items()) if m is not None and name.startswith(f"{package}.")]
+    return [module for module in found if autoload.holds_seam(module)]
 
 
 def _replace_copies(name: str, old: Any, new: Any) -> None:
@@ -127,23 +174,48 @@ def _replace_copies(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
+def _gated(seam: Seam, package: Package, original: Any) -> Any:
+    """The original for everything that is not of our types, with the very arguments; else our replacement."""
+    is_class_method = isinstance(original, classmethod)
+    function = original.__func__ if is_class_method else original
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # which says itself what it misses
+        settings = seam.settings(arguments)
+        if any(is_ours(one, package) for one in settings):
+            return seam.replacement(function, package, *args, **kwargs)
+        if seam.on_error is None:
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            raise seam.on_error(error, *settings) from error.__cause__
+
+    return classmethod(gated) if is_class_method else gated
+
+
 def patch_module(package: str, module: ModuleType) -> None:
     """Patch the seams in one module that has been executed."""
     with _lock:
         for seam in SEAMS:
-            if not _suffix_matches(seam, package, module.__name__):
-                continue
-            for owner in _owners(seam, module):
-                original = _attribute(owner, seam.attribute)
+            for owner, name in _owners(seam, module):
+                original = inspect.getattr_static(owner, name)
                 if any(p.owner is owner and p.wrapper is original for p in _patches):
                     continue
-                wrapper = seam.wrap(original, functools.partial(check_patched, package))
-                patch_record = _Patch(package, seam, owner, original, wrapper, seam.attribute not in vars(owner))
-                setattr(owner, seam.attribute, wrapper)
+                wrapper = _gated(seam, _package(package), original)
+                if seam.replacement is wrappers.build_projector:
+                    _package(package).projector_builders.append(original)
+                patch_record = _Patch(package, seam, owner, name, original, wrapper)
+                setattr(owner, name, wrapper)
                 if owner is module:
-                    _replace_copies(seam.attribute, original, wrapper)
-                    for stale in [p for p in _patches if p.owner is owner and p.seam is seam]:  # it was reloaded
-                        _replace_copies(seam.attribute, stale.wrapper, wrapper)
+                    _replace_copies(name, original, wrapper)
+                    for stale in [p for p in _patches if p.owner is owner and p.name == name]:  # it was reloaded
+                        _replace_copies(name, stale.wrapper, wrapper)
                         _patches.remove(stale)
                 _patches.append(patch_record)
 
@@ -161,9 +233,8 @@ def check_importable(package: str) -> None:
 def patch(package: str) -> list[SeamReport]:
     """Patch the modules of the package that are imported already; see `autoload.patch` for the rest."""
     with _lock:
-        for name, module in list(sys.modules.items()):
-            if module is not None and has_seams(package, name):
-                patch_module(package, module)
+        for module in _modules(package):
+            patch_module(package, module)
         return report(package)
 
 
@@ -171,39 +242,37 @@ def unpatch(package: str) -> None:
     """Undo every patch of the package, in the modules that copied a wrapper as well."""
     with _lock:
         for p in [p for p in _patches if p.package == package]:
-            if vars(p.owner).get(p.seam.attribute) is p.wrapper:
-                if p.inherited:
-                    delattr(p.owner, p.seam.attribute)
+            if vars(p.owner).get(p.name) is p.wrapper:
+                if p.seam.inherited:
+                    delattr(p.owner, p.name)
                 else:
-                    setattr(p.owner, p.seam.attribute, p.original)
-            if not p.seam.owner:
-                _replace_copies(p.seam.attribute, p.wrapper, p.original)
+                    setattr(p.owner, p.name, p.original)
+            if not p.seam.of_class:
+                _replace_copies(p.name, p.wrapper, p.original)
             _patches.remove(p)
+        _packages.pop(package, None)
 
 
 def report(package: str) -> list[SeamReport]:
     """The state of every seam of the package, in the order of the table."""
     with _lock:
-        return [_report_seam(package, seam) for seam in SEAMS]
+        modules = _modules(package)
+        return [_report_seam(package, seam, modules) for seam in SEAMS]
 
 
-def _report_seam(package: str, seam: Seam) -> SeamReport:
-    modules = _modules(package, seam)
-    owners = [owner for module in modules for owner in _owners(seam, module)]
+def _report_seam(package: str, seam: Seam, modules: list[ModuleType]) -> SeamReport:
+    owners = [found for module in modules for found in _owners(seam, module)]
     wrappers_here = {id(p.wrapper) for p in _patches if p.package == package}
-    if not modules:
-        state = "waiting"
-    elif not owners:
+    if not owners:
         state = "missing"
-    elif all(id(_attribute(owner, seam.attribute)) in wrappers_here for owner in owners):
+    elif all(id(inspect.getattr_static(owner, name)) in wrappers_here for owner, name in owners):
         state = "patched"
     else:
         state = "found"
-    places = owners or modules
-    return SeamReport(str(seam), state, tuple(_describe(place) for place in places))
+    return SeamReport(str(seam), state, tuple(f"{_describe(owner)}.{name}" for owner, name in owners))
 
 
-def _describe(place: Union[ModuleType, type]) -> str:
+def _describe(place: Owner) -> str:
     return place.__name__ if isinstance(place, ModuleType) else f"{place.__module__}.{place.__qualname__}"
 
 
@@ -213,6 +282,6 @@ def check_patched(package: str) -> None:
     if broken:
         raise PatchError(
             f"{package!r} is patched only in part, and a projector would not work: "
-            + "; ".join(f"{r.seam} is {r.state}" for r in broken)
+            + "; ".join(f"its {r.seam} is {r.state}" for r in broken)
             + f". Run `llava-projectors doctor --package {package}`"
         )

@@ -1,91 +1,241 @@
-"""The vision tower that returns several hidden states, made from LLaVA's own tower.
+"""The vision tower that serves our projectors, made from LLaVA's own tower.
 
 LLaVA's loading and device handling stay as they are; only the choice of hidden states and the
-reported grid change, so the tower becomes an instance of a subclass of its own class. Where a
-fork differs in what cannot be told from its methods, its row in `forks.py` says so.
+reported grid change, so the tower becomes an instance of a subclass of its own class. A tower with
+hidden states returns several of them side by side. A tower without (EVA, MobileCLIP, ConvNeXt)
+passes its own features on, to projectors that read one layer.
+
+The patch grid is what the tower returns. What its config says is only what is announced before.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable, ClassVar, Optional
 
 import torch
 from torch import nn
 
-from llava_projectors.integration.forks import DROPPED_LAYERS, SECOND_TOWER_SETTINGS
+from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.spec import ProjectorSpecError, format_value
 
+# How LLaVA and its forks call the method that gives a model's tower.
+TOWER_GETTERS = ("get_vision_tower", "get_image_tower")
 
-class MultiLayerTower(nn.Module):
-    """Mixed in before the class of LLaVA's tower.
+
+class ReducedTower(nn.Module):
+    """Mixed in before the class of LLaVA's tower: reports the grid that the LLM sees.
 
     Attributes:
-        projector_layers: indices into the tower's hidden states, the last one LLaVA's own choice.
-        patch_side: side of the patch grid before the projector.
-        token_side: side of the grid of visual tokens after it.
+        projector_spec: the projector that reads the features.
+        projector_layers: indices of the hidden states to return, or () for the tower's own features.
+        patch_side: side of the patch grid before the projector; None until it is known.
         tower_class: LLaVA's class.
-        tower_forward: its forward, which decides on dtypes, devices and gradients.
     """
 
     tower_class: ClassVar[type[nn.Module]]
-    tower_forward: ClassVar[Callable[..., Any]]
+    projector_spec: ResolvedSpec
     projector_layers: tuple[int, ...]
-    patch_side: int
-    token_side: int
+    patch_side: Optional[int]
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Side of the grid that the LLM sees: LLaVA lays out high-resolution tiles by it."""
+        if self.patch_side is None:
+            raise ProjectorSpecError(
+                f"the patch grid of {self.tower_class.__name__} is not known before its first forward"
+            )
+        return self.projector_spec.output_side(self.patch_side)
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of one image: LLaVA's server budgets the context by it."""
+        return self.num_patches_per_side**2
+
+    def see_grid(self, num_positions: int) -> int:
+        """Take the grid from the number of positions that the vision model returned.
+
+        Returns:
+            1 when the first position is the CLS token, else 0.
+
+        Raises:
+            ProjectorSpecError: neither the positions nor those after the first are a square.
+        """
+        for num_extra in (0, 1):
+            if math.isqrt(num_positions - num_extra) ** 2 == num_positions - num_extra:
+                self.patch_side = math.isqrt(num_positions)
+                return num_extra
+        side = self.patch_side
+        expected = "" if side is None else f", not the {side}x{side} = {side**2} patches and one CLS token expected"
+        raise ProjectorSpecError(
+            f"projector type {self.projector_spec.type_string!r} needs a square grid of patches: the vision tower "
+            f"{self.tower_class.__name__} returned {num_positions} positions{expected}"
+        )
+
+    def describe(self) -> str:
+        """`576 -> 144 visual tokens an image (24x24 -> 12x12), hidden states 12+16+22+23`."""
+        layers = (
+            f"hidden states {format_value(self.projector_layers)}"
+            if self.projector_layers
+            else "the tower's own features"
+        )
+        side = self.patch_side
+        if side is None:
+            return f"the tower's grid is known after its first forward, {layers}"
+        after = self.num_patches_per_side
+        return f"{side**2} -> {after**2} visual tokens an image ({side}x{side} -> {after}x{after}), {layers}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and deepcopy are told how to make it again.
+        mixin = MultiLayerTower if self.projector_layers else OneLayerTower
+        return _rebuild, (mixin, self.tower_class), dict(self.__dict__)
+
+
+class MultiLayerTower(ReducedTower):
+    """A tower that returns several hidden states side by side.
+
+    Attributes:
+        tower_forward: the forward of LLaVA's class, which decides on dtypes, devices and gradients,
+            or `select_from_images` for classes that choose their hidden states elsewhere than in
+            `feature_select`.
+    """
+
+    tower_forward: ClassVar[Callable[..., Any]]
 
     def forward(self, images: Any) -> Any:
         """LLaVA's own forward, on a copy of the tower whose vision model stops at the highest layer asked for."""
         tower: Any = copy.copy(self)
         truncated = TruncatedVisionModel(tower.vision_tower, self.projector_layers)
         tower._modules = {**self._modules, "vision_tower": truncated}
-        return self.tower_forward(tower, images)
+        result = self.tower_forward(tower, images)
+        self.patch_side = tower.patch_side
+        return result
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
         """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side."""
-        hidden_states, patches = image_forward_outs.hidden_states, self.patch_side**2
-        return torch.cat([hidden_states[layer][:, -patches:] for layer in self.projector_layers], dim=-1)
+        states = [image_forward_outs.hidden_states[layer] for layer in self.projector_layers]
+        num_extra = self.see_grid(states[-1].shape[1])
+        return torch.cat([state[:, num_extra:] for state in states], dim=-1)
 
     @property
-    def num_patches_per_side(self) -> int:
-        """Side of the grid that the LLM sees: LLaVA lays out high-resolution tiles by it."""
-        return self.token_side
-
-    @property
-    def num_patches(self) -> int:
-        """Visual tokens of one image: LLaVA's server budgets the context by it."""
-        return self.token_side**2
+    def hidden_size(self) -> int:
+        """C, the channels of one hidden state, also where LLaVA's class joins several."""
+        tower: Any = self
+        return int(tower.config.hidden_size)
 
     def select_from_images(self, images: Any) -> Any:
-        """LLaVA's forward, for towers that have none with `feature_select`: [B, 3, H, W], or a list of [3, H, W]."""
+        """[B, 3, H, W] or a list of [3, H, W] -> features, for classes whose forward reads hidden states by itself."""
         if isinstance(images, list):
             return [self.select_from_images(image.unsqueeze(0)) for image in images]
         tower: Any = self
         outs = tower.vision_tower(images.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
         return self.feature_select(outs).to(images.dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and deepcopy are told how to make it again.
-        return _rebuild, (self.tower_class,), dict(self.__dict__)
+    def select_pair_from_images(self, images: Any) -> Any:
+        """As `select_from_images`, for classes that return the vision model's outputs too."""
+        tower: Any = self
+        outs = tower.vision_tower(images.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
+        return self.feature_select(outs).to(images.dtype), outs
+
+
+class OneLayerTower(ReducedTower):
+    """A tower whose own features go to the projector as they are."""
+
+    def forward(self, images: Any) -> Any:
+        """The features of LLaVA's class, [B, N, C] or a list of them; N is checked to be a square."""
+        features = self.tower_class.forward(self, images)
+        for one in features if isinstance(features, list) else [features]:
+            if one.ndim != 3 or self.see_grid(one.shape[1]):
+                raise ProjectorSpecError(
+                    f"projector type {self.projector_spec.type_string!r} needs features [images, patches, channels] of "
+                    f"a square grid; the vision tower {self.tower_class.__name__} returned {list(one.shape)}"
+                )
+        return features
 
 
 @cache
-def _subclass(tower_class: Any) -> type[nn.Module]:
-    selects = hasattr(tower_class, "feature_select")
-    tower_forward = tower_class.forward if selects else MultiLayerTower.select_from_images
-    return type(
-        f"MultiLayer{tower_class.__name__}",
-        (MultiLayerTower, tower_class),
-        {"tower_class": tower_class, "tower_forward": staticmethod(tower_forward)},
-    )
+def _subclass(mixin: Any, tower_class: Any) -> type[nn.Module]:
+    name = f"{mixin.__name__.removesuffix('Tower')}{tower_class.__name__}"
+    attributes: dict[str, Any] = {"tower_class": tower_class}
+    if mixin is MultiLayerTower:
+        attributes["tower_forward"] = staticmethod(_forward_of(tower_class))
+    return type(name, (mixin, tower_class), attributes)
 
 
-def _rebuild(tower_class: Any) -> nn.Module:
-    cls = _subclass(tower_class)
+def _rebuild(mixin: Any, tower_class: Any) -> nn.Module:
+    cls = _subclass(mixin, tower_class)
     return cls.__new__(cls)
+
+
+def _forward_of(tower_class: Any) -> Callable[..., Any]:
+    """The class's own forward where it selects in `feature_select` alone, else ours."""
+    names = _names_in(tower_class, "forward")
+    if "feature_select" in names and "hidden_states" not in names:
+        forward: Callable[..., Any] = tower_class.forward
+        return forward
+    return MultiLayerTower.select_pair_from_images if _returns_pair(tower_class) else MultiLayerTower.select_from_images
+
+
+def _names_in(tower_class: Any, method: str, seen: Optional[set[str]] = None) -> set[str]:
+    """Attributes that a method of the class uses, and the methods that it calls, `feature_select` left out."""
+    seen = set() if seen is None else seen
+    seen.add(method)
+    function = inspect.unwrap(getattr(tower_class, method))
+    names = set(getattr(function, "__code__", function).co_names)
+    for name in names - seen - {"feature_select"}:
+        if inspect.isfunction(inspect.getattr_static(tower_class, name, None)) and not hasattr(nn.Module, name):
+            names |= _names_in(tower_class, name, seen)
+    return names
+
+
+def _mentions(tower_class: Any, word: str) -> bool:
+    """Whether a method of the class, those of torch left out, names a keyword or attribute."""
+    methods = [
+        inspect.unwrap(value)
+        for base in tower_class.__mro__
+        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith("torch.")
+        for value in vars(base).values()
+        if inspect.isfunction(value)
+    ]
+    return any(word in str(method.__code__.co_consts) or word in method.__code__.co_names for method in methods)
+
+
+def _returns_pair(tower_class: Any) -> bool:
+    returned = [node.value for node in ast.walk(_parsed(tower_class.forward)) if isinstance(node, ast.Return)]
+    return any(isinstance(value, ast.Tuple) for value in returned)
+
+
+def _dropped_layers(tower_class: Any) -> int:
+    """Layers that `load_model` deletes after loading and that the config still counts: `del ….layers[-1:]`."""
+    load = getattr(tower_class, "load_model", None)
+    found = re.search(r"del .*\.layers\[-(\d+):\]", _source(load)) if load else None
+    return int(found[1]) if found else 0
+
+
+def _parsed(function: Any) -> ast.AST:
+    return ast.parse(_source(function))
+
+
+def _source(function: Any) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    except (OSError, TypeError):  # made at run time, or no source at hand
+        return ""
+
+
+def find_tower(model: Any) -> Any:
+    """The vision tower of LLaVA's meta model, or None."""
+    getter = next((getattr(model, name) for name in TOWER_GETTERS if hasattr(model, name)), None)
+    return None if getter is None else getter()
 
 
 def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
@@ -99,44 +249,94 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     Raises:
         ProjectorSpecError: the tower cannot serve it; says which setting to change.
     """
-    if isinstance(tower, MultiLayerTower):
+    if isinstance(tower, ReducedTower):
         return
-    refuse_unsupported(tower, resolved)
-    config = tower.config
-    patch_side = config.image_size // config.patch_size
-    depth = config.num_hidden_layers - DROPPED_LAYERS.get(type(tower).__name__, 0)
-    layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
+    refuse_unsupported(tower, resolved, cfg)
+    tower_class: Any = type(tower)
+    has_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
+    if has_hidden_states:
+        depth = tower.config.num_hidden_layers - _dropped_layers(tower_class)
+        layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
+        side = tower.config.image_size // tower.config.patch_size
+    else:
+        layers = ()
+        refuse_several_layers(tower, resolved, "which gives no hidden states", "-1")
+        side = math.isqrt(getattr(tower, "num_patches", 0)) or None
     second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
-    if second and len(layers) > 1:
-        raise ProjectorSpecError(
-            f"projector type {resolved.type_string!r} reads {len(layers)} layers, but the tower of --{second} takes "
-            f"features of one: pass {resolved.cls.name}:layers={layers[-1]}"
+    if second:
+        refuse_several_layers(
+            tower, resolved, f"whose features --{second} reads too", str(layers[-1]) if layers else "-1"
         )
-    token_side = resolved.output_side(patch_side)
-    tower.__class__ = _subclass(tower.__class__)
+    if side is not None:
+        resolved.output_side(side)  # a stride larger than the grid is an error now
+    mixin: Any = MultiLayerTower if has_hidden_states else OneLayerTower
+    tower.__class__ = _subclass(mixin, tower_class)
+    tower.projector_spec = resolved
     tower.projector_layers = layers
-    tower.patch_side = patch_side
-    tower.token_side = token_side
+    tower.patch_side = side
 
 
-def refuse_unsupported(tower: Any, resolved: ResolvedSpec) -> None:
+def see_real_grid(tower: Any) -> None:
+    """Run a loaded tower once on a black picture, so that what is announced, and refused, is what it returns.
+
+    Nothing is known before training where the weights are not here (meta device, ZeRO-3).
+
+    Raises:
+        ProjectorSpecError: its features cannot serve the projector.
+    """
+    size, weight = _picture_size(tower), next(tower.parameters(), None)
+    if size is None or weight is None or weight.is_meta or hasattr(weight, "ds_id"):
+        return
+    try:
+        with torch.no_grad():
+            tower(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+    except RuntimeError:  # the fork resizes pictures elsewhere; its position embedding tells for what
+        embedding = getattr(tower.vision_tower, "vision_model", tower.vision_tower).embeddings.position_embedding
+        tower.see_grid(embedding.weight.shape[0])
+
+
+def _picture_size(tower: Any) -> Optional[int]:
+    """Side of the pictures that the tower's processor makes, in pixels."""
+    processor = getattr(tower, "image_processor", None)
+    for value in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
+        if isinstance(value, Mapping):
+            value = value.get("height", value.get("shortest_edge"))
+        if isinstance(value, (tuple, list)):
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def refuse_several_layers(tower: Any, resolved: ResolvedSpec, reason: str, layer: str) -> None:
+    """Raise unless the projector reads one layer."""
+    count = resolved.cls.count_levels(resolved.options.get("layers"))
+    if count > 1:
+        raise ProjectorSpecError(
+            f"projector type {resolved.type_string!r} reads {count} layers of the vision tower "
+            f"{type(tower).__name__}, {reason}: pass {resolved.cls.name}:layers={layer}, or a type of one layer"
+        )
+
+
+def refuse_unsupported(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
     """Raise for towers and settings whose features are not a square grid of C channels."""
     prefix = f"projector type {resolved.type_string!r}"
-    kind = type(tower).__name__
-    if not (hasattr(tower, "feature_select") or kind in DROPPED_LAYERS):
+    if hasattr(tower, "s2_scales"):
         raise ProjectorSpecError(
-            f"{prefix} cannot use the vision tower {kind}: its hidden states cannot be told from its methods"
-        )
-    if tower.hidden_size != tower.config.hidden_size:
-        raise ProjectorSpecError(
-            f"{prefix} cannot use the multi-scale vision tower {kind}: it returns {tower.hidden_size} channels "
-            f"a patch, not the {tower.config.hidden_size} of one hidden state; turn multi-scale features (s2) off"
+            f"{prefix} cannot use the multi-scale vision tower {type(tower).__name__}, which joins several scales; "
+            "turn multi-scale features (s2) off"
         )
     if getattr(tower, "select_feature", "patch") != "patch":
         raise ProjectorSpecError(
             f"{prefix} needs the patch grid without the CLS token: "
             f"--mm_vision_select_feature {tower.select_feature} must be patch"
         )
+    for setting, (accepted, reason) in REFUSED_SETTINGS.items():
+        value = getattr(cfg, setting, None)
+        if value is not None and value not in accepted:
+            raise ProjectorSpecError(
+                f"{prefix} and --{setting} {value} exclude each other: {reason}. Pass --{setting} {accepted[0]}"
+            )
 
 
 def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tuple[int, ...]:

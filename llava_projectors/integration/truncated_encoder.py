@@ -20,8 +20,21 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from llava_projectors.spec import ProjectorSpecError, format_value
+
 # Where transformers' vision models (CLIP, SigLIP and their copies in the forks) keep the encoder.
 ENCODER = ("vision_model", "encoder")
+
+
+class KeptHiddenStates(dict[int, torch.Tensor]):
+    """Index -> hidden state [B, positions, C], of those that were asked for. Negative indices are not resolved."""
+
+    def __missing__(self, index: Any) -> torch.Tensor:
+        kept = format_value(tuple(self))
+        raise ProjectorSpecError(
+            f"hidden state {index!r} of the vision tower was not kept: only {kept} were, which the projector reads. "
+            "The code that asked for it chooses hidden states by itself, so it cannot work beside this projector type"
+        )
 
 
 class TruncatedVisionModel:
@@ -57,12 +70,16 @@ class _EncoderInParts(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.ends = layers
-        self.hidden_states: dict[int, torch.Tensor] = {}
+        self.hidden_states = KeptHiddenStates()
 
     def forward(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
         """The outputs of the last part."""
         kwargs["output_hidden_states"] = False
-        start, outputs = 0, None
+        start, outputs, num_layers = 0, None, len(self.encoder.get_submodule("layers"))  # type: ignore[arg-type]
+        if self.ends[-1] > num_layers:
+            raise ProjectorSpecError(
+                f"hidden state {self.ends[-1]} does not exist: the vision tower that was loaded has {num_layers} layers"
+            )
         for end in self.ends:
             layers = self.encoder.get_submodule("layers")[start:end]  # type: ignore[index]
             outputs = _with_submodule(self.encoder, ("layers",), layers)(inputs_embeds=inputs_embeds, **kwargs)

@@ -49,12 +49,59 @@ def file_shapes(path: str) -> Shapes:
             header = json.loads(file.read(length))
         shapes = {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
     else:
-        try:
-            weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
-            weights = torch.load(path, map_location="meta", weights_only=True)
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
+        shapes = {key: tuple(value.shape) for key, value in _read_bin(path, "meta").items()}
     return {name: shapes[key] for name, key in projector_keys(shapes).items()}
+
+
+def read_adapter(path: str) -> Shapes:
+    """Name -> shape of the projector weights in an adapter's file, every number of them looked at.
+
+    Raises:
+        ProjectorWeightsError: the file cannot be read, is no dict of tensors, or holds NaN or infinity.
+    """
+    try:
+        found = _read_bin(path, "cpu")
+    except Exception as error:  # torch raises a dozen kinds, none of which names the file
+        raise ProjectorWeightsError(f"cannot read {path}: {_cause_of_bad_file(path, error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ProjectorWeightsError(
+            f"{path} is no adapter: it holds {_kind(found)}, not a dict of tensors; "
+            "pass the mm_projector.bin that LLaVA's pretraining writes"
+        )
+    for key, value in found.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ProjectorWeightsError(
+                f"{path} holds NaN or infinity in {key!r}: its training diverged; train it again with a smaller "
+                "learning rate, or use an earlier checkpoint"
+            )
+    return {name: tuple(found[key].shape) for name, key in projector_keys(found).items()}
+
+
+def _read_bin(path: str, device: str) -> Any:
+    """What `torch.save` wrote; on the device `meta`, without its numbers."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def _cause_of_bad_file(path: str, error: Exception) -> str:
+    size = os.path.getsize(path)
+    if size == 0:
+        return "it is empty; copy it again"
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    first_line = str(error).split("\n")[0]
+    return f"it is truncated or of another format ({size} bytes; {type(error).__name__}: {first_line}); copy it again"
+
+
+def _kind(found: Any) -> str:
+    if isinstance(found, dict):
+        other = next(type(value).__name__ for value in found.values() if not isinstance(value, torch.Tensor))
+        return f"a dict with a value of type {other}"
+    return f"a {type(found).__name__}"
 
 
 def checkpoint_shapes(folder: str) -> Shapes:
@@ -144,14 +191,14 @@ def identify(found: Collection[str]) -> Optional[str]:
     return None
 
 
-def sibling_type(path: str) -> Optional[str]:
-    """The `mm_projector_type` in the config.json that LLaVA writes beside an adapter, if any."""
+def read_config_beside(path: str) -> dict[str, Any]:
+    """The config.json that LLaVA writes beside an adapter; empty where there is none."""
     try:
         with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as file:
-            value: Any = json.load(file).get("mm_projector_type")
+            config: dict[str, Any] = json.load(file)
     except (OSError, ValueError):
-        return None
-    return value if isinstance(value, str) else None
+        return {}
+    return config
 
 
 # Where it is checked
@@ -159,11 +206,11 @@ def sibling_type(path: str) -> Optional[str]:
 
 def check_adapter(projector: Projector, type_string: str, path: str) -> None:
     """Raise before LLaVA loads `--pretrain_mm_mlp_adapter` into a projector that it does not fit."""
-    found = file_shapes(path)
+    found = read_adapter(path)
     wrong = problems(expected_shapes(projector), found)
     if not wrong:
         return
-    written_as = sibling_type(path)
+    written_as = read_config_beside(path).get("mm_projector_type")
     cause = likely_cause(projector, found)
     if written_as is not None:
         cause = f"The config.json beside it says it was trained as {written_as!r}: pass that type, or its own weights."
@@ -176,6 +223,14 @@ def awaited_weights(projector: Projector) -> frozenset[str]:
     """Parameters that a checkpoint was to provide and has not, yet."""
     awaited: frozenset[str] = getattr(projector, _AWAITED, frozenset())
     return awaited
+
+
+def check_adapter_files(folder: str) -> None:
+    """Raise before LLaVA loads an adapter of a checkpoint's folder that is damaged."""
+    for name in ADAPTER_FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            read_adapter(path)
 
 
 def guard(projector: Projector) -> None:

@@ -1,194 +1,218 @@
-"""What takes the place of LLaVA's functions: each does nothing new unless the model is of one of our types.
+"""What runs in the place of LLaVA's functions, for models of our types alone: the gate has said so before.
 
-A wrapper factory gets LLaVA's own function and `check_patched`, which raises when the package
-could not be patched whole. That error waits until a projector is asked for: at import time,
-LLaVA would swallow it.
+Every replacement gets LLaVA's own function, the package it belongs to, and the call's arguments.
+An error of a package that could not be patched whole waits until a projector is asked for: at
+import time, LLaVA would swallow it.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
+import json
 import logging
 import os
 import sys
-from typing import Any, Callable
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
 
 from llava_projectors import registry
-from llava_projectors.integration import weights
-from llava_projectors.integration.tower import MultiLayerTower, convert_tower
+from llava_projectors.integration import record, weights
+from llava_projectors.integration.gate import Package, is_our_type
+from llava_projectors.integration.tower import ReducedTower, convert_tower, find_tower, see_real_grid
 from llava_projectors.projectors.base import Projector
-from llava_projectors.spec import ProjectorSpecError, format_value
+from llava_projectors.spec import ProjectorSpecError
 
 Function = Callable[..., Any]
 
 logger = logging.getLogger("llava_projectors")
 
 
-def projector_builder(original: Function, check_patched: Callable[[], None]) -> Function:
+def build_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
     """For `build_vision_projector(config, delay_load=False, **kwargs)`."""
-
-    @functools.wraps(original)
-    def build_vision_projector(config: Any, *args: Any, **kwargs: Any) -> Any:
-        type_string = getattr(config, "mm_projector_type", None)
-        if registry.is_registered(type_string):
-            check_patched()
-            projector = registry.resolve(type_string, config).build(config.mm_hidden_size, config.hidden_size)
-            weights.guard(projector)
-            return projector
-        try:
-            return original(config, *args, **kwargs)
-        except ValueError as error:
-            if "unknown projector" not in str(error).lower():
-                raise
-            raise registry.unknown_type(type_string) from error
-
-    return build_vision_projector
+    package.check_patched()
+    projector = registry.resolve(config.mm_projector_type, config).build(config.mm_hidden_size, config.hidden_size)
+    weights.guard(projector)
+    return projector
 
 
-def tower_builder(original: Function, check_patched: Callable[[], None]) -> Function:
+def explain_unknown_type(error: ValueError, config: Any) -> ValueError:
+    """LLaVA's own refusal of a type, with what there is and what may have been meant; any other error as it is."""
+    if "unknown projector" not in str(error).lower():
+        return error
+    return registry.unknown_type(getattr(config, "mm_projector_type", None))
+
+
+def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """For `build_vision_tower(cfg, delay_load=False, **kwargs)`."""
-
-    @functools.wraps(original)
-    def build_vision_tower(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        type_string = getattr(cfg, "mm_projector_type", None)
-        if not registry.is_registered(type_string):
-            return original(cfg, *args, **kwargs)
-        check_patched()
-        resolved = registry.resolve(type_string, cfg)
-        # The tower's config is enough for every check, so the weights wait until all have passed.
-        load_now = not kwargs.pop("delay_load", False)
-        tower = original(cfg, *args, delay_load=True, **kwargs)
-        convert_tower(tower, resolved, cfg)
-        if load_now and not tower.is_loaded:
-            tower.load_model()
-        return tower
-
-    return build_vision_tower
+    package.check_patched()
+    resolved = registry.resolve(cfg.mm_projector_type, cfg)
+    # The tower's config is enough for every check, so the weights wait until all have passed.
+    load_now = not kwargs.pop("delay_load", False)
+    tower = original(cfg, *args, delay_load=True, **kwargs)
+    convert_tower(tower, resolved, cfg)
+    if load_now and not tower.is_loaded:
+        tower.load_model()
+    return tower
 
 
-def model_constructor(original: Function, check_patched: Callable[[], None]) -> Function:
+def construct_model(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> None:
     """For `__init__(self, config)` of LLaVA's meta model, which builds tower and projector of a checkpoint."""
-
-    @functools.wraps(original)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, config, *args, **kwargs)
-        announce(self)
-
-    return __init__
+    original(model, *args, **kwargs)
+    announce(model)
 
 
-def vision_initializer(original: Function, check_patched: Callable[[], None]) -> Function:
+def settings_of_training(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The config of the model and the arguments of the training script."""
+    model, *rest = arguments.values()
+    return (model.config, *rest[:1])
+
+
+def initialize_vision_modules(
+    original: Function, package: Package, model: Any, model_args: Any, *args: Any, **kwargs: Any
+) -> Any:
     """For `initialize_vision_modules(self, model_args, fsdp=None)`, which prepares a model for training."""
-
-    @functools.wraps(original)
-    def initialize_vision_modules(self: Any, model_args: Any, *args: Any, **kwargs: Any) -> Any:
-        requested = getattr(model_args, "mm_projector_type", None)
-        is_new = getattr(self, "mm_projector", None) is None
-        if not is_new:
-            refuse_other_projector(self.config, requested)
-        if registry.is_registered(requested):
-            build_tower = original.__globals__["build_vision_tower"]
-            check_adapter(self, model_args, requested, build_tower)
-        result = original(self, model_args, *args, **kwargs)
-        if is_new:
-            announce(self)
-        return result
-
-    return initialize_vision_modules
+    trained = getattr(model, "mm_projector", None)
+    if trained is not None:
+        refuse_other_projector(package, model, model_args)
+    check_adapter(model, model_args, _tower_builder(original))
+    result = original(model, model_args, *args, **kwargs)
+    if trained is not None and getattr(model_args, "pretrain_mm_mlp_adapter", None) is None:
+        model.mm_projector = trained  # some forks build a new one in its place, on random weights
+    see_real_grid(find_tower(model))
+    record.write(model)
+    if trained is None:
+        announce(model)
+    return result
 
 
-def checkpoint_loader(original: Any, check_patched: Callable[[], None]) -> Any:
+def _tower_builder(function: Function) -> Function:
+    """The (patched) function by which LLaVA's own code builds a tower."""
+    names = inspect.unwrap(function).__globals__
+    builder: Function = next(names[name] for name in ("build_vision_tower", "build_image_tower") if name in names)
+    return builder
+
+
+def settings_of_checkpoint(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The config that `from_pretrained` is given, or would read."""
+    _, source, *_ = arguments.values()
+    config = arguments.get("config")
+    return (read_config(source) if config is None else config,)
+
+
+def load_checkpoint(original: Function, package: Package, cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     """For the class method `from_pretrained` of LLaVA's models, which transformers defines."""
-    function = original.__func__
-
-    def from_pretrained(cls: Any, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        try:
-            model, info = function(cls, source, *args, output_loading_info=True, **kwargs)
-        except weights.ProjectorWeightsError:
+    with_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
+    except weights.ProjectorWeightsError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        explained = weights.explain_failed_load(str(source), kwargs.get("config"))
+        if explained is None:
             raise
-        except (RuntimeError, ValueError) as error:
-            explained = weights.explain_failed_load(str(source), kwargs.get("config"))
-            if explained is None:
-                raise
-            raise explained from error
-        weights.check_pretrained(model, info, str(source))
-        return (model, info) if output_loading_info else model
-
-    wrapper: Any = functools.update_wrapper(from_pretrained, function)
-    return classmethod(wrapper)
+        raise explained from error
+    weights.check_pretrained(model, info, str(source))
+    return (model, info) if with_info else model
 
 
-def model_loader(original: Function, check_patched: Callable[[], None]) -> Function:
+def settings_of_model(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The config of the checkpoint that `load_pretrained_model` is to load."""
+    return (read_config(next(iter(arguments.values()))),)
+
+
+def load_model(original: Function, package: Package, model_path: Any, *args: Any, **kwargs: Any) -> Any:
     """For `load_pretrained_model(model_path, model_base, model_name, ...)`, which inference and serving use."""
-
-    @functools.wraps(original)
-    def load_pretrained_model(model_path: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = original(model_path, *args, **kwargs)
-        for value in loaded:
-            if isinstance(value, nn.Module):
-                weights.check_complete(value, str(model_path))
-        return loaded
-
-    return load_pretrained_model
+    weights.check_adapter_files(str(model_path))
+    loaded = original(model_path, *args, **kwargs)
+    for value in loaded:
+        if isinstance(value, nn.Module):
+            weights.check_complete(value, str(model_path))
+    return loaded
 
 
-def refuse_other_projector(config: Any, requested: Any) -> None:
-    """Raise when a checkpoint's projector is of another type than the one asked for, and either is ours.
+def read_config(source: Any) -> Optional[SimpleNamespace]:
+    """What a checkpoint's config.json says, from a folder or from where transformers keeps what it downloaded."""
+    try:
+        from transformers.utils import cached_file
 
-    LLaVA would keep the old module and write the new type into the config.
+        path = os.path.join(source, "config.json") if os.path.isdir(source) else cached_file(source, "config.json")
+        with open(path, encoding="utf-8") as file:
+            return SimpleNamespace(**json.load(file))
+    except Exception:  # no such checkpoint, no network, no config: the original says so better
+        return None
+
+
+def refuse_other_projector(package: Package, model: Any, model_args: Any) -> None:
+    """Raise when training would go on with another projector, or other features, than the checkpoint's.
+
+    LLaVA would keep the old modules and write the new settings into the config.
     """
+    config, requested = model.config, str(getattr(model_args, "mm_projector_type", None))
     existing = getattr(config, "mm_projector_type", "linear")
     types = (existing, requested)
-    ours = [registry.is_registered(t) for t in types]
-    if not any(ours):
-        return
-    if all(ours):
-        before, after = (registry.resolve(t, config) for t in types)
-        if before.same_projector(after):
-            return
-    raise ProjectorSpecError(
-        f"the checkpoint has a projector of type {existing!r}, but --mm_projector_type is {requested!r}, and LLaVA "
-        f"would keep the old projector under the new name. To train on with it, pass --mm_projector_type {existing}. "
-        f"To train a {requested!r} projector, start from the base LLM (for example lmsys/vicuna-7b-v1.5): "
-        "pretrain the projector, then fine-tune with --pretrain_mm_mlp_adapter"
-    )
+    ours = [is_our_type(t, package) for t in types]
+    if not (all(ours) and _same_projector(model, existing, requested)):
+        raise ProjectorSpecError(
+            f"the checkpoint has a projector of type {existing!r}, but --mm_projector_type is {requested!r}, and LLaVA "
+            f"would keep the old projector under the new name. To train on with it, pass --mm_projector_type "
+            f"{existing}. To train a {requested!r} projector, start from the base LLM (for example "
+            "lmsys/vicuna-7b-v1.5): pretrain the projector, then fine-tune with --pretrain_mm_mlp_adapter"
+        )
+    for setting in ("mm_vision_select_layer", "mm_vision_select_feature"):
+        trained, asked = getattr(config, setting, None), getattr(model_args, setting, None)
+        if None not in (trained, asked) and trained != asked:
+            raise ProjectorSpecError(
+                f"the checkpoint was trained with --{setting} {trained}, but --{setting} is {asked}: its projector "
+                f"would be trained on other features than it is served with. Pass --{setting} {trained}"
+            )
 
 
-def check_adapter(model: Any, model_args: Any, type_string: str, build_tower: Function) -> None:
-    """Compare `--pretrain_mm_mlp_adapter` with the projector before any tower weight is loaded."""
+def _same_projector(model: Any, existing: str, requested: str) -> bool:
+    """Whether both type strings mean the module that the model has."""
+    try:
+        before, after = (registry.resolve(t, model.config) for t in (existing, requested))
+    except ProjectorSpecError:
+        return False
+    return before.same_projector(after)
+
+
+def check_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
+    """Look at `--pretrain_mm_mlp_adapter` before LLaVA loads it into the projector."""
     path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if path is None or not os.path.isfile(path):  # a missing file is LLaVA's to report
         return
-    tower = model.get_vision_tower() or build_tower(model_args, delay_load=True)
+    type_string = model_args.mm_projector_type
+    tower = find_tower(model) or build_tower(model_args, delay_load=True)
     resolved = registry.resolve(type_string, model.config)
     with torch.device("meta"):
         projector = resolved.build(tower.hidden_size, model.config.hidden_size)
     weights.check_adapter(projector, type_string, path)
-    written_as = weights.sibling_type(path)
-    if registry.is_registered(written_as) and not resolved.same_projector(registry.resolve(written_as)):
-        log(f"WARNING: {path} was trained as {written_as!r}; its weights fit and go on as {type_string!r}")
+    different = record.differences(path, projector, tower)
+    if different:
+        log(f"WARNING: {path} {different}; its weights fit and go on as {type_string!r}")
 
 
 def announce(model: Any) -> None:
-    """One line about a model that has one of our projectors; silence about any other."""
-    projector, tower = getattr(model, "mm_projector", None), model.get_vision_tower()
-    if not isinstance(projector, Projector):
+    """One line about a model's projector, if it has one yet."""
+    projector, tower = getattr(model, "mm_projector", None), find_tower(model)
+    if projector is None:
         return
-    if not isinstance(tower, MultiLayerTower):
+    if not isinstance(projector, Projector):
+        raise ProjectorSpecError(
+            f"projector type {model.config.mm_projector_type!r} was asked for, but {type(model).__name__} built a "
+            f"{type(projector).__name__} by itself, not by its build_vision_projector: it cannot use our types"
+        )
+    if not isinstance(tower, ReducedTower):
         raise ProjectorSpecError(
             f"projector type {model.config.mm_projector_type!r} needs the patched vision tower, "
             f"but {type(tower).__name__} was built around the patch; run `llava-projectors doctor`"
         )
-    before, after = tower.patch_side, tower.token_side
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in projector.parameters())  # ZeRO-3 empties p
-    log(
-        f"{model.config.mm_projector_type}: {before**2} -> {after**2} visual tokens an image "
-        f"({before}x{before} -> {after}x{after}), hidden states {format_value(tower.projector_layers)}, "
-        f"{parameters / 1e6:.2f}M parameters"
-    )
+    log(f"{model.config.mm_projector_type}: {tower.describe()}, {parameters / 1e6:.2f}M parameters")
 
 
 def log(message: str) -> None:

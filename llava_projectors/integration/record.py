@@ -1,0 +1,75 @@
+"""What a checkpoint's config says of its projector, so that it describes itself whatever the defaults become.
+
+Beside LLaVA's own `mm_projector_type` stand every option of the type, its layers counted from 0, and
+the version of this package that trained it. `registry.resolve` reads the options back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import llava_projectors
+from llava_projectors import registry
+from llava_projectors.integration import weights
+from llava_projectors.integration.tower import ReducedTower, find_tower
+from llava_projectors.projectors.base import Projector
+from llava_projectors.registry import OPTIONS_SETTING
+from llava_projectors.spec import format_value
+
+VERSION_SETTING = "llava_projectors_version"
+
+
+def options_of(projector: Projector, tower: ReducedTower) -> dict[str, Any]:
+    """Every option of a built projector, as JSON can hold it.
+
+    Returns:
+        name -> value; `layers` are the tower's own, counted from 0. An option that the projector
+        keeps under its own name is read there; of others, what it was given.
+    """
+    values = {name: getattr(projector, name, value) for name, value in tower.projector_spec.options.items()}
+    values["layers"] = tower.projector_layers or values["layers"]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def write(model: Any) -> None:
+    """Put the options into the model's config, which LLaVA saves with every checkpoint and adapter."""
+    projector, tower = getattr(model, "mm_projector", None), find_tower(model)
+    if isinstance(projector, Projector) and isinstance(tower, ReducedTower):
+        setattr(model.config, OPTIONS_SETTING, options_of(projector, tower))
+        setattr(model.config, VERSION_SETTING, llava_projectors.__version__)
+
+
+def differences(path: str, projector: Projector, tower: ReducedTower) -> str:
+    """What an adapter was made for, if that is not what it will be used for, or cannot be known; else "".
+
+    Args:
+        path: the adapter's file; LLaVA saves a config.json beside it.
+        projector: that it is to be loaded into.
+        tower: whose features it will read.
+    """
+    config = weights.read_config_beside(path)
+    if not config:
+        return "has no config.json beside it, so it cannot be known which stride and layers it was trained for"
+    recorded = config.get(OPTIONS_SETTING) or _options_by_type(config)
+    now = options_of(projector, tower)
+    wrong = [
+        f"{name}={format_value(_tuple(recorded[name]))} (now {format_value(_tuple(now[name]))})"
+        for name in now
+        if name in recorded and recorded[name] != now[name]
+    ]
+    return f"was trained with {', '.join(wrong)}" if wrong else ""
+
+
+def _options_by_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the type string of a config without a record says, less the layers, which depend on the tower."""
+    type_string = config.get("mm_projector_type")
+    if not registry.is_registered(type_string):
+        return {}
+    options = registry.resolve(type_string, SimpleNamespace(**config)).options
+    return {name: value for name, value in options.items() if value is not None and name != "layers"}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

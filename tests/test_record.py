@@ -1,0 +1,193 @@
+"""A checkpoint describes itself: every option beside the type string, whatever the defaults become."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llava_projectors
+from llava_projectors import ProjectorSpecError, ProjectorWeightsError, registry
+from llava_projectors.integration import weights
+from llava_projectors.projectors.saep import SAEP
+
+OPTIONS = {
+    "stride": 2,
+    "layers": [4, 5, 6, 7],
+    "kernel_size": 5,
+    "order": "pointwise_first",
+    "shortcut": "average",
+    "inner_size": 32,
+}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_adapter_and_checkpoint_hold_every_option(trained):
+    saep = trained("saep")
+    for folder in (saep.adapter, saep.checkpoint):
+        config = config_of(folder.parent if folder.is_file() else folder)
+        assert config["mm_projector_type"] == "saep"
+        assert config["mm_projector_options"] == OPTIONS
+        assert config["llava_projectors_version"] == llava_projectors.__version__
+
+
+def test_loading_builds_what_was_trained_whatever_the_defaults_have_become(trained, monkeypatch):
+    from llava.model import LlavaLlamaForCausalLM
+
+    before = SAEP.__init__
+
+    def changed(self, *args, kernel_size=None, **options):
+        before(self, *args, kernel_size=kernel_size or 7, **options)
+
+    monkeypatch.setattr(SAEP, "__init__", changed)
+    monkeypatch.setattr(SAEP, "default_layers", staticmethod(lambda selected: (1, selected)))
+    model = LlavaLlamaForCausalLM.from_pretrained(trained("saep").checkpoint).get_model()
+    assert model.mm_projector.depthwise.kernel_size == (5, 5)
+    assert model.get_vision_tower().projector_layers == (4, 5, 6, 7)
+
+
+def test_checkpoints_without_a_record_load_as_before(trained, tmp_path):
+    from llava.model import LlavaLlamaForCausalLM
+
+    folder = tmp_path / "llava-older"
+    shutil.copytree(trained("saep").checkpoint, folder)
+    config = {name: value for name, value in config_of(folder).items() if "options" not in name}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert LlavaLlamaForCausalLM.from_pretrained(folder).get_model().get_vision_tower().projector_layers == (4, 5, 6, 7)
+
+
+def config(**settings):
+    return SimpleNamespace(**{"mm_projector_type": "saep", "mm_projector_options": OPTIONS, **settings})
+
+
+def test_a_type_string_that_contradicts_the_record_is_an_error():
+    assert registry.resolve("saep:kernel_size=5", config()).options["layers"] == (4, 5, 6, 7)
+    assert registry.resolve("saep:layers=-5+-4+-3+-2", config()).options["layers"] == (4, 5, 6, 7)
+    with pytest.raises(
+        ProjectorSpecError, match="'saep:stride=3' has stride=3, but the checkpoint .*stride=2"
+    ):
+        registry.resolve("saep:stride=3", config())
+    with pytest.raises(
+        ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+5\+6\+7"
+    ):
+        registry.resolve("saep:layers=3+7", config())
+    newer = config(mm_projector_options={**OPTIONS, "gate": 1})
+    with pytest.raises(ProjectorSpecError, match="mm_projector_options has gate, which this version does not know"):
+        registry.resolve("saep", newer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"mm_vision_select_layer": -3},
+            "trained with --mm_vision_select_layer -2, but .*is -3",
+        ),
+        ({"mm_vision_select_feature": "cls_patch"}, "--mm_vision_select_feature patch, but"),
+    ],
+)
+def test_going_on_with_other_features_is_refused_before_training(trained, model_args, settings, message):
+    from llava.model import LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM.from_pretrained(trained("saep").checkpoint).get_model()
+    with pytest.raises(ProjectorSpecError, match=message):
+        model.initialize_vision_modules(model_args("saep", **settings))
+    model.initialize_vision_modules(model_args("saep"))
+
+
+def test_a_fork_that_builds_the_projector_anew_keeps_the_trained_one(trained, model_args, monkeypatch):
+    """As LLaVA-HR does on going on from a checkpoint."""
+    from llava.model import LlavaLlamaForCausalLM
+    from llava.model.llava_arch import LlavaMetaModel
+
+    model = LlavaLlamaForCausalLM.from_pretrained(trained("saep").checkpoint).get_model()
+    before = {name: value.clone() for name, value in model.mm_projector.state_dict().items()}
+    own = LlavaMetaModel.__dict__["initialize_vision_modules"].__wrapped__
+
+    def rebuilding(self, model_args, fsdp=None):
+        own(self, model_args, fsdp)
+        self.mm_projector = registry.build_projector("saep", 32, self.config.hidden_size)
+
+    from llava_projectors.integration import wrappers
+
+    wrappers.initialize_vision_modules(rebuilding, SimpleNamespace(knows=lambda name: False), model, model_args("saep"))
+    assert all(torch.equal(value, before[name]) for name, value in model.mm_projector.state_dict().items())
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of saep's adapter, and of the config beside it."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained("saep").adapter, folder)
+    return folder / "mm_projector.bin"
+
+
+def start(build_model_args, path, model):
+    model.get_model().initialize_vision_modules(build_model_args("saep", pretrain_mm_mlp_adapter=str(path)))
+
+
+DAMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty; copy it again"),
+    "truncated": (
+        lambda path: path.write_bytes(path.read_bytes()[:999]),
+        "it is truncated or .*999 bytes",
+    ),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "it is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
+    "list": (lambda path: torch.save([torch.ones(2)], path), "is no adapter: it holds a list, not a dict of tensors"),
+    "nested": (
+        lambda path: torch.save({"model": torch.load(path, weights_only=True)}, path),
+        "is no adapter: it holds a dict with a value of type dict",
+    ),
+    "nan": (
+        lambda path: torch.save({k: v * float("nan") for k, v in torch.load(path, weights_only=True).items()}, path),
+        "holds NaN or infinity in 'model.mm_projector.*its training diverged",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_names_file_cause_and_remedy(adapter, damage, model_args, tiny):
+    from llava.model import LlavaLlamaForCausalLM
+
+    spoil, message = DAMAGES[damage]
+    spoil(adapter)
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
+    with pytest.raises(ProjectorWeightsError, match=message) as error:
+        start(model_args, adapter, model)
+    assert str(adapter) in str(error.value)
+
+
+def test_a_damaged_adapter_beside_a_base_model_is_explained(adapter, tiny):
+    """On the road of `load_pretrained_model(adapter, base)`."""
+    from llava.model.builder import load_pretrained_model
+
+    adapter.write_bytes(adapter.read_bytes()[:999])
+    with pytest.raises(ProjectorWeightsError, match=r"cannot read .*mm_projector.bin: it is truncated"):
+        load_pretrained_model(str(adapter.parent), str(tiny.llm), "llava-adapter", device="cpu", device_map="cpu")
+
+
+def test_an_adapter_whose_purpose_cannot_be_known_is_used_with_a_warning(adapter, model_args, tiny, capfd):
+    from llava.model import LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
+    start(model_args, adapter, model)
+    assert "WARNING" not in capfd.readouterr().err
+    config = config_of(adapter.parent)
+    config["mm_projector_options"]["layers"] = [1, 5, 6, 7]
+    (adapter.parent / "config.json").write_text(json.dumps(config))
+    start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
+    assert "was trained with layers=1+5+6+7 (now 4+5+6+7); its weights fit" in capfd.readouterr().err
+    (adapter.parent / "config.json").unlink()
+    start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
+    assert "has no config.json beside it, so it cannot be known which" in capfd.readouterr().err
+
+
+def test_reading_an_adapter_keeps_names_and_shapes(adapter):
+    assert weights.read_adapter(str(adapter)) == weights.file_shapes(str(adapter))
