@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory on a CPU is chatty
 
@@ -16,33 +16,34 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], Any]
+Key = TypeVar("Key")
 
 
 def interleave(
-    functions: Mapping[str, Function],
+    functions: Mapping[Key, Function],
     device: torch.device,
-    seconds_a_function: float,
-    least: int = 3,
-    most: int = 30,
-) -> dict[str, list[float]]:
+    seconds_per_function: float,
+    min_rounds: int = 3,
+    max_rounds: int = 30,
+) -> dict[Key, list[float]]:
     """Run the functions in turn, round after round; the first round warms up and does not count.
 
     Args:
         functions: name -> what to time.
         device: where it runs; on CUDA, the device's own events are read.
-        seconds_a_function: rounds go on for about so long times the number of functions.
-        least: rounds that are run at any rate.
-        most: rounds after which it is enough.
+        seconds_per_function: rounds go on for about so long times the number of functions.
+        min_rounds: rounds that are run at any rate.
+        max_rounds: rounds after which it is enough.
 
     Returns:
         name -> seconds, one for each round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     started = time.perf_counter()
-    for number in range(most):
-        if number >= least and time.perf_counter() - started > seconds_a_function * len(functions):
+    for number in range(max_rounds):
+        if number >= min_rounds and time.perf_counter() - started > seconds_per_function * len(functions):
             break
         for name, function in functions.items():
             seconds[name].append(seconds_of(function, device))

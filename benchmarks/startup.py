@@ -3,13 +3,12 @@
 Installs the wheel in a virtual environment of its own and starts `python -c pass` with the file
 and without it, in turn. Writes one row a run to a CSV and prints the medians.
 
-    python benchmarks/startup.py [--runs 30] [--csv benchmarks/results/startup.csv]
+    python -m benchmarks.startup [--runs 30] [--csv benchmarks/results/startup.csv]
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -19,6 +18,8 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+
+from benchmarks.table import write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,12 +70,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = measure(install(Path(folder)), arguments.runs)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["run", "with_hook_ms", "without_hook_ms", "python", "machine"])
-        for number, (with_hook, without) in enumerate(pairs):
-            rows.writerow([number, f"{with_hook:.3f}", f"{without:.3f}", platform.python_version(), machine])
+    facts = {"python": platform.python_version(), "machine": machine}
+    rows = [
+        {"run": number, "with_hook_ms": f"{with_hook:.3f}", "without_hook_ms": f"{without:.3f}", **facts}
+        for number, (with_hook, without) in enumerate(pairs)
+    ]
+    write_rows(arguments.csv, rows)
     medians = [statistics.median(column) for column in zip(*pairs)]
     differences = [with_hook - without for with_hook, without in pairs]
     low, middle, high = statistics.quantiles(differences, n=4)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from benchmarks.speed.report import write_rows
 from benchmarks.speed.suites import forward_backward, without_grad
+from benchmarks.table import write_rows
 from llava_projectors.projectors.grid import to_regions
 from llava_projectors.projectors.tokenpacker import RegionAttention, TokenPacker, downsample_bilinear
 

@@ -35,6 +35,8 @@ def can_train():
 class Tiny:
     root: Path
     tower: Path
+    # With a quarter of the patches: LLaVA's script holds the tower in float16, which many CPUs only emulate.
+    coarse_tower: Path
     llm: Path
     pretrain_data: Path
     finetune_data: Path
@@ -53,7 +55,7 @@ class Tiny:
     def run(self, name, projector_type, environment, options):
         skip_unless_llava_trains()
         output = self.root / "runs" / f"llava-{name}"
-        command = train.training_command(output, self.llm, self.tower, projector_type, **options)
+        command = train.training_command(output, self.llm, self.coarse_tower, projector_type, **options)
         return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
 
 
@@ -79,6 +81,7 @@ def tiny(tmp_path_factory):
     return Tiny(
         root,
         assets.make_vision_tower(root / "clip"),
+        assets.make_vision_tower(root / "clip-coarse", patch_size=28),
         assets.make_llm(root / "vicuna"),
         pretrain_data,
         finetune_data,
@@ -154,7 +157,9 @@ def llava_train(tiny, can_train, tmp_path, monkeypatch):
     def run(projector_type, **arguments):
         data = train.finetune_arguments(tiny.finetune_data, tiny.images, None, max_steps=1)
         llm = arguments.pop("llm", tiny.llm)
-        command = train.training_command(tmp_path / "llava-x", llm, tiny.tower, projector_type, **data, **arguments)
+        command = train.training_command(
+            tmp_path / "llava-x", llm, tiny.coarse_tower, projector_type, **data, **arguments
+        )
         monkeypatch.setattr(sys, "argv", command[2:])
         monkeypatch.setattr(conversation, "default_conversation", conversation.default_conversation)
         script.train()

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import measure
 from benchmarks.speed import flops, models, report, suites
 from benchmarks.speed.__main__ import main
+from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, Subject, subjects
 from benchmarks.speed.naive import NaiveTokenPacker
 from llava_projectors import build_projector
 
@@ -26,12 +27,12 @@ def counted(function):
     return sum(counts.values())
 
 
-def depthwise_gradients(type_string, patches_a_side, channels):
+def depthwise_gradients(type_string, num_patches_per_side, channels):
     """What `counted` leaves out of SAEP: weight and input each take as much as the forward pass."""
     if not type_string.startswith("saep"):
         return 0
     stride, kernel_size = {"stride=3": (3, 5), "stride=4": (4, 7)}.get(type_string.split(":")[-1], (2, 5))
-    forward = 2 * (patches_a_side // stride) ** 2 * channels * kernel_size**2
+    forward = 2 * (num_patches_per_side // stride) ** 2 * channels * kernel_size**2
     return forward * 4 if "depthwise_first" in type_string else forward * 2  # four levels, but no input gradient
 
 
@@ -45,12 +46,17 @@ def test_a_dtype_that_is_only_emulated_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    "type_string", [models.STOCK, *suites.REDUCING, *suites.NAIVE, "saep:order=depthwise_first", "saep:inner_size=40"]
+    "subject",
+    [
+        *subjects(models.STOCK, *REDUCING, "saep:order=depthwise_first", "saep:inner_size=40"),
+        *subjects(*suites.TOKENPACKERS, implementation=NAIVE),
+    ],
 )
-def test_projector_flops_are_those_of_torchs_counter(type_string, batch):
-    projector = suites.make_projector(type_string, WIDTH, HIDDEN)
+def test_projector_flops_are_those_of_torchs_counter(subject, batch):
+    type_string = subject.type_string
+    projector = suites.make_projector(subject, WIDTH, HIDDEN)
     levels = 1 if type_string == models.STOCK else 4
-    work = flops.projector(type_string, SIDE, WIDTH, HIDDEN) * batch
+    work = flops.projector(subject, SIDE, WIDTH, HIDDEN) * batch
     features = torch.randn(batch, SIDE**2, levels * WIDTH)
     assert counted(lambda: projector(features)) == work.forward
     left_out = batch * depthwise_gradients(type_string, SIDE, 40 if "inner_size=40" in type_string else WIDTH)
@@ -65,16 +71,17 @@ def family():
 @pytest.mark.parametrize("type_string", [models.STOCK, "saep:stride=2", "tokenpacker:scale_factor=3"])
 def test_model_flops_are_those_of_torchs_counter(family, type_string):
     """Tower, projector and LLM of a real LLaVA: prefill of two images, both training stages, and one decoded token."""
-    llavas = {type_string: family.make(type_string)}
-    prefill = suites.prefill_group("model", family, llavas, batch=2, images=2).candidates[type_string]
+    subject = Subject(type_string)
+    llavas = {subject: family.make(type_string)}
+    prefill = suites.prefill_group("model", family, llavas, batch=2, images=2).candidates[subject]
     assert counted(prefill.function) == prefill.flops
-    decode = suites.decode_group(family, llavas).candidates[type_string]
+    decode = suites.decode_group(family, llavas).candidates[subject]
     assert counted(decode.function) == decode.flops
     for train_llm in (False, True):
         group = suites.training_group(family, llavas, "", 2, train_llm)
         group.prepare()
         left_out = 2 * depthwise_gradients(type_string, 24, models.TINY_TOWER.width)
-        assert counted(group.candidates[type_string].function) == group.candidates[type_string].flops - left_out
+        assert counted(group.candidates[subject].function) == group.candidates[subject].flops - left_out
 
 
 def test_models_differ_in_the_projector_alone(family):
@@ -100,10 +107,11 @@ def test_training_keeps_less_than_the_naive_reference():
     """The figure at CLIP-L's sizes is in the benchmark; here only that nothing large is kept again."""
     features = torch.randn(8, 24**2, 4 * WIDTH)
     peaks = {}
-    for name in ("tokenpacker:scale_factor=2", "naive tokenpacker:scale_factor=2"):
-        _, accumulate = suites.forward_backward(suites.make_projector(name, WIDTH, 4 * WIDTH), features)
+    for implementation in (EAGER, NAIVE):
+        subject = Subject("tokenpacker:scale_factor=2", implementation)
+        _, accumulate = suites.forward_backward(suites.make_projector(subject, WIDTH, 4 * WIDTH), features)
         accumulate()
-        peaks[name] = measure.peak_bytes(accumulate, CPU)
+        peaks[implementation] = measure.peak_bytes(accumulate, CPU)
     ours, naive = peaks.values()
     assert ours < 0.75 * naive
 
@@ -121,19 +129,27 @@ def test_peak_memory_is_what_was_held_at_once():
 def test_rounds_are_interleaved_and_the_first_does_not_count():
     calls = []
     functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    seconds = measure.interleave(functions, CPU, 0, least=2)
+    seconds = measure.interleave(functions, CPU, 0, min_rounds=2)
     assert calls == ["a", "b"] * 3
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
-def bar_row(**values):
+def row_of(**values):
     row = {"suite": "projector", "measure": "forward", "type": "saep:stride=2", "dtype": "float32", "batch": "1"}
-    return {**row, "images": "1", "visual_tokens": "144", "device": "cpu", "ratio": "0.5", **values}
+    return {
+        **row,
+        "implementation": "eager",
+        "images": "1",
+        "visual_tokens": "144",
+        "device": "cpu",
+        "ratio": "0.5",
+        **values,
+    }
 
 
-def test_bars_tell_best_worst_and_where():
-    rows = [bar_row(), bar_row(batch="8", ratio="1.25"), bar_row(type="mlp2x_gelu", ratio="1", visual_tokens="576")]
-    (line,) = report.bar_lines(rows)
+def test_targets_tell_best_worst_and_where():
+    rows = [row_of(), row_of(batch="8", ratio="1.25"), row_of(type="mlp2x_gelu", ratio="1", visual_tokens="576")]
+    (line,) = report.target_lines(rows)
     assert line == (
         "SAEP / mlp2x_gelu, time, s = 2",
         "<= 1.00",
@@ -142,7 +158,7 @@ def test_bars_tell_best_worst_and_where():
         "saep:stride=2, forward, float32, batch 8",
         "met in 1 of 2",
     )
-    assert [line[-1] for line in report.bar_lines(rows[::2])] == ["met"]
+    assert [line[-1] for line in report.target_lines(rows[::2])] == ["met"]
 
 
 def test_command_writes_a_csv_and_a_picture(tmp_path, capsys):

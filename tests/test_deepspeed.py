@@ -73,7 +73,7 @@ def train(tiny, equal_data, trained):
             # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
             extensions = str(tiny.root / "torch_extensions")
             environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim), "TORCH_EXTENSIONS_DIR": extensions}
-        command = training_command(output, tiny.llm, tiny.tower, projector_type, **options)
+        command = training_command(output, tiny.llm, tiny.coarse_tower, projector_type, **options)
         if stage is not None:
             at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
             del command[at : at + 2]

@@ -57,9 +57,10 @@ def test_it_is_off_by_default_and_on_a_cpu(monkeypatch):
 
 def test_the_benchmark_switches_it_on_for_its_own_candidate(monkeypatch):
     from benchmarks.speed import suites
+    from benchmarks.speed.candidates import EAGER, TRITON, Subject
 
     switched = []
     monkeypatch.setattr(kernels, "are_wanted", lambda _: switched.append(os.environ.get(kernels.VARIABLE)) or False)
-    suites.make_projector(suites.TRITON[0], 32, 16)(torch.randn(1, 36, 128))
-    suites.make_projector(suites.REDUCING[-1], 32, 16)(torch.randn(1, 36, 128))
+    for implementation in (TRITON, EAGER):
+        suites.make_projector(Subject("tokenpacker", implementation), 32, 16)(torch.randn(1, 36, 128))
     assert switched == ["1", "0"]

@@ -48,7 +48,7 @@ def test_training_learns(trained, projector_type):
         assert (curve > 0.0).all()  # LLaVA's loss is exactly 0.0 when it has masked every label
     assert curve[-5:].mean() < curve[0] / 2
     assert "tokenization mismatch" not in run.output
-    assert run.output.count(f"llava_projectors: {projector_type}: 576 -> 144 visual tokens an image") == 2
+    assert run.output.count(f"llava_projectors: {projector_type}: 144 -> 36 visual tokens an image") == 2
 
 
 @pytest.mark.parametrize("projector_type", OURS)
@@ -65,7 +65,7 @@ def test_pretrained_adapter_is_what_finetuning_starts_from(trained, tiny, projec
 
 @pytest.mark.parametrize("projector_type", OURS)
 def test_checkpoint_loads_and_answers(trained, tiny, can_generate, projector_type):
-    """`load_pretrained_model` brings back the very weights, and the LLM gets 144 visual tokens."""
+    """`load_pretrained_model` brings back the very weights, and the LLM gets 36 visual tokens."""
     from llava.model import LlavaLlamaForCausalLM
 
     checkpoint = trained(projector_type).checkpoint
@@ -80,7 +80,7 @@ def test_checkpoint_loads_and_answers(trained, tiny, can_generate, projector_typ
     assert all(torch.equal(in_saved_dtype[name], saved[name]) for name in saved)
 
     answer = ask(checkpoint, tiny.images / "flower.jpg", max_new_tokens=8)
-    assert answer.visual_tokens == 144
+    assert answer.visual_tokens == 36
     assert answer.text
     # LLaVA's loader asks for half precision.
     assert set(answer.projector) == set(saved)
@@ -152,7 +152,7 @@ def test_a_type_of_another_distribution_trains(tiny, installed_distribution):
         """
     path = installed_distribution("corner", "corner", source, "corner = corner")
     folder, output = tiny.pretrain("corner", "corner:stride=6", {"PYTHONPATH": str(path)})
-    assert "llava_projectors: corner:stride=6: 576 -> 16 visual tokens an image (24x24 -> 4x4)" in output
+    assert "llava_projectors: corner:stride=6: 144 -> 4 visual tokens an image (12x12 -> 2x2)" in output
     saved = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert set(saved) == {"model.mm_projector.to_llm.weight", "model.mm_projector.to_llm.bias"}
 
@@ -252,4 +252,4 @@ def test_an_adapter_of_another_stride_fits_and_is_mentioned(tiny, trained):
     adapter = trained("tokenpacker").adapter / "mm_projector.bin"
     _, output = tiny.finetune("other-stride", "tokenpacker:scale_factor=3", adapter, max_steps=1)
     assert f"WARNING: {adapter} was trained as 'tokenpacker'; its weights fit and go on as 'tokenpacker:scale" in output
-    assert "576 -> 64 visual tokens" in output
+    assert "144 -> 16 visual tokens" in output

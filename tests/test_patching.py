@@ -206,17 +206,17 @@ def test_training_a_fork(tmp_path, tiny, can_train):
     first = train.pretrain_arguments(tiny.pretrain_data, tiny.images, max_steps=2)
     second = train.finetune_arguments(tiny.finetune_data, tiny.images, adapter / "mm_projector.bin", max_steps=2)
     for folder, options in ((adapter, first), (checkpoint, second)):
-        command = train.training_command(folder, tiny.llm, tiny.tower, "tokenpacker:scale_factor=3", **options)
+        command = train.training_command(folder, tiny.llm, tiny.coarse_tower, "tokenpacker:scale_factor=3", **options)
         command[command.index("llava.train.train")] = "myfork.train.train"
         output = train.run(command, tmp_path / "log", environment)
-        assert output.count("llava_projectors: tokenpacker:scale_factor=3: 576 -> 64 visual tokens") == 1
+        assert output.count("llava_projectors: tokenpacker:scale_factor=3: 144 -> 16 visual tokens") == 1
         assert all(value > 0.0 for value in train.losses(folder))
     script = f"""
     from myfork.model.builder import load_pretrained_model
     _, model, _, _ = load_pretrained_model({str(checkpoint)!r}, None, "llava", device="cpu", device_map="cpu")
     print(type(model).__module__, model.get_vision_tower().num_patches)
     """
-    assert python(script, **environment).splitlines()[-1] == "myfork.model.language_model.llava_llama 64"
+    assert python(script, **environment).splitlines()[-1] == "myfork.model.language_model.llava_llama 16"
 
 
 PATCHES = Path(__file__).parents[1] / "patches"

@@ -1,5 +1,6 @@
 """A checkpoint describes itself: every option beside the type string, whatever the defaults become."""
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -67,13 +68,9 @@ def config(**settings):
 def test_a_type_string_that_contradicts_the_record_is_an_error():
     assert registry.resolve("saep:kernel_size=5", config()).options["layers"] == (4, 5, 6, 7)
     assert registry.resolve("saep:layers=-5+-4+-3+-2", config()).options["layers"] == (4, 5, 6, 7)
-    with pytest.raises(
-        ProjectorSpecError, match="'saep:stride=3' has stride=3, but the checkpoint .*stride=2"
-    ):
+    with pytest.raises(ProjectorSpecError, match="'saep:stride=3' has stride=3, but the checkpoint .*stride=2"):
         registry.resolve("saep:stride=3", config())
-    with pytest.raises(
-        ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+5\+6\+7"
-    ):
+    with pytest.raises(ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+5\+6\+7"):
         registry.resolve("saep:layers=3+7", config())
     newer = config(mm_projector_options={**OPTIONS, "gate": 1})
     with pytest.raises(ProjectorSpecError, match="mm_projector_options has gate, which this version does not know"):
@@ -108,6 +105,7 @@ def test_a_fork_that_builds_the_projector_anew_keeps_the_trained_one(trained, mo
     before = {name: value.clone() for name, value in model.mm_projector.state_dict().items()}
     own = LlavaMetaModel.__dict__["initialize_vision_modules"].__wrapped__
 
+    @functools.wraps(own)
     def rebuilding(self, model_args, fsdp=None):
         own(self, model_args, fsdp)
         self.mm_projector = registry.build_projector("saep", 32, self.config.hidden_size)

@@ -124,7 +124,7 @@ def test_worker_streams_an_answer_about_an_image(server, tiny):
 
 
 def test_long_prompts_are_refused_by_the_reduced_count(server, tiny):
-    """The worker has 2048 positions; 1600 of text leave room for 144 visual tokens, not for 576."""
+    """The worker has 2048 positions; 1960 of text leave room for 36 visual tokens, not for 144."""
     _, worker, model = server
     from transformers import LlamaTokenizer
 
@@ -137,10 +137,10 @@ def test_long_prompts_are_refused_by_the_reduced_count(server, tiny):
             words = words[2:]
         return prompt(f"<image>\n{words}{QUESTION}")
 
-    fits = generate(worker, model, of_length(1600), [image], max_new_tokens=4)
+    fits = generate(worker, model, of_length(1960), [image], max_new_tokens=4)
     assert "Exceeds max token length" not in fits[-1]["text"]
     assert fits[-1]["error_code"] == 0
-    (refused,) = generate(worker, model, of_length(1920), [image], max_new_tokens=4)
+    (refused,) = generate(worker, model, of_length(2020), [image], max_new_tokens=4)
     assert "Exceeds max token length" in refused["text"]
 
 

@@ -15,6 +15,7 @@ from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
 from benchmarks.spatial.store import CachedTower, Split
+from benchmarks.table import read_rows
 
 SCENES = [make_scene(random.Random(seed)) for seed in range(60)]
 
@@ -131,11 +132,11 @@ def run_command(*arguments):
 
 
 def test_a_study_from_start_to_plot(quick, capsys):
-    everything = study.read_rows(quick / "quick.csv")
+    everything = read_rows(quick / "quick.csv", "stage1_loss")
     depth = [row for row in everything if row["study"] == study.DEPTH]
     assert len(depth) == len(WHAT) * (vision.SELECTED + 1)
     rows = [row for row in everything if row["study"] != study.DEPTH]
-    assert {row["type"] for row in rows} == set(study.STUDIES["tokenpacker"].configurations)
+    assert {row["type"] for row in rows} == {one.type_string for one in study.STUDIES["tokenpacker"].configurations}
     assert {row["family"] for row in rows} == set(FAMILIES)
     assert all(row["split"] == "validation" and row["visual_tokens"] == "36" for row in rows)
     for row in everything:
@@ -256,10 +257,10 @@ def test_a_real_difference_is_seen():
 
 def test_the_learning_rates_are_those_that_the_results_show():
     found = {}
-    for row in study.read_rows(command.RESULTS / "spatial.csv"):
+    for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss"):
         if row["study"] == study.RATE:
-            name, rate = study.parse(row["type"])
-            found.setdefault(study.kind(name), {}).setdefault(rate, []).append(float(row["accuracy"]))
+            by_rate = found.setdefault(study.kind(row["type"]), {})
+            by_rate.setdefault(float(row["learning_rate"]), []).append(float(row["accuracy"]))
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
     assert best == study.BEST_RATE
     assert all(min(study.RATES[name]) < rate < max(study.RATES[name]) for name, rate in best.items())
@@ -267,7 +268,9 @@ def test_the_learning_rates_are_those_that_the_results_show():
 
 def test_a_report_of_learning_rates_alone(tmp_path):
     rows = [
-        row for row in study.read_rows(command.RESULTS / "spatial.csv") if row["study"] in (study.DEPTH, study.RATE)
+        row
+        for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss")
+        if row["study"] in (study.DEPTH, study.RATE)
     ]
     # The best in bold, rates that were not tried left empty.
     assert "| `tokenpacker` | 65.1% | **66.0%** | 64.9% |  |" in report.write_report(rows, tmp_path / "rates.csv")
@@ -279,7 +282,7 @@ def test_a_report_of_a_comparison_that_was_interrupted(tmp_path):
     rows = rows_with(rates, of="comparison")
     for row in rows:
         row["visual_tokens"] = {"mlp2x_gelu": "144", "tokenpacker:scale_factor=3": "16"}.get(row["type"], "36")
-    depth = [row for row in study.read_rows(command.RESULTS / "spatial.csv") if row["study"] == study.DEPTH]
+    depth = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == study.DEPTH]
     lines = report.write_report([*depth, *rows], tmp_path / "part.csv").splitlines()
     leads = lines[lines.index("| type | tokens | `avg_pool` |") + 2 :]
     assert leads[0].startswith("| `saep:stride=2` | 36 | +")
@@ -289,7 +292,7 @@ def test_a_report_of_a_comparison_that_was_interrupted(tmp_path):
 @pytest.mark.parametrize("document", ["README.md", "docs/choosing.md"])
 def test_documents_say_what_the_comparison_found(document):
     found = {}
-    for row in study.read_rows(command.RESULTS / "spatial.csv"):
+    for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss"):
         if row["study"] == "comparison":
             found.setdefault((study.kind(row["type"]), row["visual_tokens"]), {}).setdefault(row["family"], []).append(
                 float(row["accuracy"])

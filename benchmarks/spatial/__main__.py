@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.spatial.questions import conversation
 from benchmarks.spatial.report import write_report
 from benchmarks.spatial.store import Split
-from benchmarks.spatial.study import FULL, QUICK, STUDIES, read_rows, study
+from benchmarks.spatial.study import FULL, QUICK, STUDIES, study
+from benchmarks.table import read_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -45,7 +46,7 @@ def main() -> None:
         study(plan, arguments.folder, arguments.csv, tuple(arguments.studies), arguments.workers)
     if not arguments.csv.exists():
         parser.error(f"{arguments.csv} does not exist: run the study first, or say where it is with --csv")
-    print(write_report(read_rows(arguments.csv), arguments.csv))
+    print(write_report(read_rows(arguments.csv, "stage1_loss"), arguments.csv))
     print(f"Written: {arguments.csv}, and beside it .md and, where types were compared, .png")
 
 

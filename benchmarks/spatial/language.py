@@ -24,7 +24,7 @@ from benchmarks.spatial.scenes import (
     IMAGE_SIZE,
     KINDS,
     MOST_OBJECTS,
-    PATCHES_A_SIDE,
+    NUM_PATCHES_PER_SIDE,
     SHAPES,
     Scene,
     Thing,
@@ -37,7 +37,7 @@ IGNORE = -100  # label of a position without a loss, as in LLaVA
 # attention finds that. With LLaVA's "ASSISTANT:" between, a model of this size learns much later.
 SPECIAL = ("<pad>", "<s>", "</s>", "USER:")
 # Tokens in the place of a picture, what is seen stands in any of them; up to as many as the full grid has.
-FEWEST_PLACES, MOST_PLACES = 20, PATCHES_A_SIDE**2
+FEWEST_PLACES, MOST_PLACES = 20, NUM_PATCHES_PER_SIDE**2
 POSITIONS = 5  # words of position on each axis; what lies between two is a mixture of them
 MOST_BLUR = 2.0  # of what is seen, in standard deviations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from benchmarks.spatial.scenes import GLYPHS, KINDS, PATCH_SIZE, PATCHES_A_SIDE, Thing
+from benchmarks.spatial.scenes import GLYPHS, KINDS, NUM_PATCHES_PER_SIDE, PATCH_SIZE, Thing
 from benchmarks.spatial.store import Split
 from benchmarks.spatial.vision import SELECTED
 
@@ -47,7 +47,7 @@ def _features(split: Split, layer: int) -> tuple[Any, Any]:
     patches, means = [], []
     for scene, states in zip(split.scenes, split.hidden_states):
         state = states[layer].astype(float)
-        patches += [state[t.y // PATCH_SIZE * PATCHES_A_SIDE + t.x // PATCH_SIZE] for t in scene]
+        patches += [state[t.y // PATCH_SIZE * NUM_PATCHES_PER_SIDE + t.x // PATCH_SIZE] for t in scene]
         means.append(state.mean(0))
     return numpy.array(patches), numpy.array(means)
 

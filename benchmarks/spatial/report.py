@@ -14,7 +14,7 @@ from matplotlib import pyplot
 
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
-from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind, parse
+from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind
 from benchmarks.speed.models import STOCK
 
 DRAWS = 2000
@@ -22,7 +22,7 @@ OURS = ("saep", "tokenpacker")
 Interval = tuple[float, float, float]  # estimate, lower and upper end of the 95 % interval
 
 # What is averaged: every family by itself, all of them, and those about position.
-FIGURES: dict[str, tuple[str, ...]] = {
+METRICS: dict[str, tuple[str, ...]] = {
     "all": tuple(FAMILIES),
     "position": POSITION_FAMILIES,
     **{family: (family,) for family in FAMILIES},
@@ -36,7 +36,7 @@ class Results:
         chosen = [row for row in rows if row["study"] == study]
         found = {row["type"] for row in chosen}
         self.study = study
-        self.types = [name for name in STUDIES[study].configurations if name in found]
+        self.types = [one.type_string for one in STUDIES[study].configurations if one.type_string in found]
         self.tokens = {row["type"]: int(row["visual_tokens"]) for row in chosen}
         self.correct = {
             name: {
@@ -72,17 +72,17 @@ class Results:
             }
         return drawn
 
-    def accuracy(self, name: str, figure: str) -> Interval:
+    def accuracy(self, name: str, metric: str) -> Interval:
         """Mean over seeds, and its interval."""
-        families = FIGURES[figure]
+        families = METRICS[metric]
         estimate = float(numpy.mean([self.correct[name][family].mean() for family in families]))
         return estimate, *_interval(numpy.mean([self._drawn[name][family] for family in families], axis=0))
 
-    def difference(self, name: str, other: str, figure: str) -> Interval:
+    def difference(self, name: str, other: str, metric: str) -> Interval:
         """How much more often `name` is right than `other`, on the same questions."""
-        families = FIGURES[figure]
+        families = METRICS[metric]
         ours, theirs = self._drawn[name], self._drawn[other]
-        estimate = self.accuracy(name, figure)[0] - self.accuracy(other, figure)[0]
+        estimate = self.accuracy(name, metric)[0] - self.accuracy(other, metric)[0]
         return estimate, *_interval(numpy.mean([ours[family] - theirs[family] for family in families], axis=0))
 
 
@@ -122,8 +122,8 @@ def _rate_table(rows: Sequence[dict[str, str]]) -> str:
     found: dict[str, dict[float, list[float]]] = {}
     for row in rows:
         if row["study"] == RATE:
-            name, rate = parse(row["type"])
-            found.setdefault(name, {}).setdefault(rate, []).append(float(row["accuracy"]))
+            by_rate = found.setdefault(row["type"], {})
+            by_rate.setdefault(float(row["learning_rate"]), []).append(float(row["accuracy"]))
     if not found:
         return ""
     rates = sorted({rate for by_rate in found.values() for rate in by_rate})
@@ -154,7 +154,7 @@ def _table(results: Results) -> str:
     for name in results.types:
         versus = "" if name == first else _points(results.difference(name, first, "all"))
         families = (f"{results.accuracy(name, family)[0]:.1%}" for family in FAMILIES)
-        whole, position = (_percent(results.accuracy(name, figure)) for figure in ("all", "position"))
+        whole, position = (_percent(results.accuracy(name, metric)) for metric in ("all", "position"))
         cells = (f"`{name}`", str(results.tokens[name]), whole, versus, position, *families)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -190,14 +190,14 @@ def _points(interval: Interval) -> str:
 
 
 def _plot(found: Sequence[Results], target: Path) -> None:
-    """Accuracy with intervals, a row of panels a study."""
+    """Accuracy with intervals, a row of panels per study."""
     heights = [max(2.4, 0.3 * len(results.types) + 1) for results in found]
-    size = (2.1 * len(FIGURES) + 2, sum(heights))
+    size = (2.1 * len(METRICS) + 2, sum(heights))
     figure, axes = pyplot.subplots(
-        len(found), len(FIGURES), squeeze=False, figsize=size, height_ratios=heights, layout="constrained", sharey="row"
+        len(found), len(METRICS), squeeze=False, figsize=size, height_ratios=heights, layout="constrained", sharey="row"
     )
     for panels, results in zip(axes, found):
-        for axis, name in zip(panels, FIGURES):
+        for axis, name in zip(panels, METRICS):
             _dots(axis, results, name)
         labels = [f"{name}, {results.tokens[name]}" for name in results.types]
         panels[0].set_yticks(range(len(labels)), labels)
@@ -208,13 +208,13 @@ def _plot(found: Sequence[Results], target: Path) -> None:
     pyplot.close(figure)
 
 
-def _dots(axis: Any, results: Results, figure: str) -> None:
+def _dots(axis: Any, results: Results, metric: str) -> None:
     shades = {tokens: f"C{number}" for number, tokens in enumerate(sorted(set(results.tokens.values()), reverse=True))}
     for place, name in enumerate(results.types):
-        estimate, low, high = (100 * value for value in results.accuracy(name, figure))
+        estimate, low, high = (100 * value for value in results.accuracy(name, metric))
         spread = [[estimate - low], [high - estimate]]
         axis.errorbar(estimate, place, xerr=spread, fmt="o", markersize=4, color=shades[results.tokens[name]])
         if place == 0:
             axis.axvline(estimate, color="0.6", linewidth=0.8)
-    axis.set_title(figure, fontsize=9)
+    axis.set_title(metric, fontsize=9)
     axis.tick_params(labelsize=8)

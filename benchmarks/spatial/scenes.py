@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE, PATCH_SIZE = 168, 14
-PATCHES_A_SIDE = IMAGE_SIZE // PATCH_SIZE
+NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 
 COLOURS = {
     "red": (215, 40, 40),

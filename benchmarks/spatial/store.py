@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.spatial import vision
 from benchmarks.spatial.questions import Turn, ask, caption
-from benchmarks.spatial.scenes import PATCHES_A_SIDE, Scene, draw, make_scene
+from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE, Scene, draw, make_scene
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Split:
         if self.path.exists():
             return
         model = CLIPVisionModel.from_pretrained(vision_folder).eval()
-        shape = (self.size, vision.SELECTED + 1, PATCHES_A_SIDE**2, vision.WIDTH)
+        shape = (self.size, vision.SELECTED + 1, NUM_PATCHES_PER_SIDE**2, vision.WIDTH)
         unfinished = self.path.with_suffix(".part")
         open_memmap: Any = numpy.lib.format.open_memmap
         states = open_memmap(unfinished, mode="w+", dtype=numpy.float16, shape=shape)

@@ -5,7 +5,6 @@ Choices are made on the validation split; the test split is for the comparison a
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 import os
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,10 +20,11 @@ from tqdm import tqdm
 from benchmarks import measure
 from benchmarks.spatial import language, vision
 from benchmarks.spatial.probe import probe
-from benchmarks.spatial.scenes import PATCHES_A_SIDE
+from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE
 from benchmarks.spatial.store import Split
 from benchmarks.spatial.train import run
 from benchmarks.speed.models import STOCK
+from benchmarks.table import Row, append_rows, read_rows
 from llava_projectors import registry
 
 
@@ -37,8 +37,8 @@ class Plan:
         language_steps: of the LLM's, 16 dialogues each.
         pictures: of each split.
         steps: of stages 1 and 2.
-        batch: pictures a step.
-        most_seeds: of a configuration, however many its study asks for.
+        batch: pictures per step.
+        max_seeds: of a configuration, however many its study asks for.
     """
 
     vision_steps: int = 1500
@@ -46,7 +46,7 @@ class Plan:
     pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
     steps: tuple[int, int] = (1200, 400)
     batch: int = 8
-    most_seeds: int = 3
+    max_seeds: int = 3
 
 
 FULL = Plan()
@@ -55,7 +55,7 @@ QUICK = Plan(
     language_steps=2,
     pictures=(("train", 32), ("validation", 8), ("test", 8)),
     steps=(2, 2),
-    most_seeds=1,
+    max_seeds=1,
 )
 
 # Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
@@ -83,25 +83,42 @@ BEST_RATE = {
 STAGE_2_RATE = 5e-4
 
 
+class Configuration(NamedTuple):
+    """A projector type and its learning rate in stage 1."""
+
+    type_string: str
+    learning_rate: float
+
+
+def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
+    """Types with the rates that the study of learning rates chose."""
+    return tuple(Configuration(name, BEST_RATE[kind(name)]) for name in type_strings)
+
+
+def kind(projector_type: str) -> str:
+    """Its name without options, also of LLaVA's own type, which our registry does not know."""
+    return projector_type.partition(":")[0]
+
+
 @dataclass(frozen=True)
 class Study:
     """What is compared.
 
     Attributes:
-        configurations: projector types, in what `parse` reads; the first is what the others are held against.
+        configurations: what is run; the first is what the others are held against.
         split: whose questions are asked.
         seeds: how many runs of each.
         stages: of training.
     """
 
-    configurations: tuple[str, ...]
+    configurations: tuple[Configuration, ...]
     split: str = "validation"
     seeds: int = 3
     stages: int = 2
 
 
 REDUCED = tuple(
-    name.format(stride=stride, queries=(PATCHES_A_SIDE // stride) ** 2)
+    name.format(stride=stride, queries=(NUM_PATCHES_PER_SIDE // stride) ** 2)
     for stride in (2, 3)
     for name in (
         "saep:stride={stride}",
@@ -118,7 +135,7 @@ RATE = "learning_rate"
 STUDIES = {
     RATE: Study(
         tuple(
-            f"{name}:num_queries=36 @ {rate:g}" if name == "resampler" else f"{name} @ {rate:g}"
+            Configuration(f"{name}:num_queries=36" if name == "resampler" else name, rate)
             for name, rates in RATES.items()
             for rate in rates
         ),
@@ -126,7 +143,7 @@ STUDIES = {
         stages=1,
     ),
     "saep": Study(
-        (
+        at_best_rate(
             "saep",
             "saep:layers=7",
             "saep:layers=4+7",
@@ -138,8 +155,8 @@ STUDIES = {
             "saep:inner_size=256",
         )
     ),
-    "tokenpacker": Study(("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7")),
-    "comparison": Study((STOCK, *REDUCED), split="test"),
+    "tokenpacker": Study(at_best_rate("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7")),
+    "comparison": Study(at_best_rate(STOCK, *REDUCED), split="test"),
 }
 
 COLUMNS = (
@@ -153,27 +170,16 @@ class Job:
     """One training run."""
 
     study: str
-    configuration: str
+    configuration: Configuration
     seed: int
 
 
 def jobs(plan: Plan, studies: tuple[str, ...]) -> Iterator[Job]:
     """Seed by seed, so that an interrupted study has something of every type."""
-    for seed in range(plan.most_seeds):
+    for seed in range(plan.max_seeds):
         for study in studies:
             if seed < STUDIES[study].seeds:
                 yield from (Job(study, name, seed) for name in STUDIES[study].configurations)
-
-
-def kind(projector_type: str) -> str:
-    """Its name without options, also of LLaVA's own type, which our registry does not know."""
-    return projector_type.partition(":")[0]
-
-
-def parse(configuration: str) -> tuple[str, float]:
-    """A projector type and its learning rate in stage 1: `TYPE @ RATE`, or `TYPE` at its best rate."""
-    name, _, rate = configuration.partition(" @ ")
-    return name, float(rate) if rate else BEST_RATE[kind(name)]
 
 
 def splits(plan: Plan, folder: Path) -> dict[str, Split]:
@@ -184,8 +190,8 @@ def splits(plan: Plan, folder: Path) -> dict[str, Split]:
 def visual_tokens(projector_type: str) -> int:
     """That the LLM sees of a picture."""
     if projector_type == STOCK:
-        return PATCHES_A_SIDE**2
-    return registry.resolve(projector_type).output_side(PATCHES_A_SIDE) ** 2
+        return NUM_PATCHES_PER_SIDE**2
+    return registry.resolve(projector_type).output_side(NUM_PATCHES_PER_SIDE) ** 2
 
 
 def prepare(plan: Plan, folder: Path) -> None:
@@ -215,11 +221,12 @@ def depth_rows(plan: Plan, folder: Path) -> list[dict[str, Any]]:
 def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], workers: int) -> None:
     """Run what the CSV does not hold yet; every finished run is written at once."""
     prepare(plan, folder)
-    done = {(row["study"], row["type"], row["seed"]) for row in read_rows(path)} if path.exists() else set()
-    if not any(study == DEPTH for study, _, _ in done):
-        append_rows(path, depth_rows(plan, folder))
-    todo = [job for job in jobs(plan, studies) if (job.study, job.configuration, str(job.seed)) not in done]
-    # A fresh interpreter a worker: a forked one would share torch's threads.
+    rows = read_rows(path, "stage1_loss") if path.exists() else []
+    if not any(row["study"] == DEPTH for row in rows):
+        append_rows(path, depth_rows(plan, folder), COLUMNS)
+    done = {_job_of(row) for row in rows if row["study"] != DEPTH}
+    todo = [job for job in jobs(plan, studies) if job not in done]
+    # A fresh interpreter per worker: a forked one would share torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as pool:
         futures = {pool.submit(_work, plan, folder, job): job for job in todo}
@@ -227,9 +234,14 @@ def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], worker
         for future in progress:
             job = futures[future]
             rows = future.result()
-            append_rows(path, rows)
+            append_rows(path, rows, COLUMNS)
             mean = sum(float(row["accuracy"]) for row in rows) / len(rows)
-            progress.write(f"{job.study}, {job.configuration}, seed {job.seed}: {mean:.1%} of the answers right")
+            name, rate = job.configuration
+            progress.write(f"{job.study}, {name}, rate {rate:g}, seed {job.seed}: {mean:.1%} of the answers right")
+
+
+def _job_of(row: Row) -> Job:
+    return Job(row["study"], Configuration(row["type"], float(row["learning_rate"])), int(row["seed"]))
 
 
 def _start_worker(workers: int) -> None:
@@ -245,7 +257,7 @@ def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
     started = time.monotonic()
     by_name = splits(plan, folder)
     judged = by_name[STUDIES[job.study].split]
-    projector_type, rate = parse(job.configuration)
+    projector_type, rate = job.configuration
     found = run(
         projector_type,
         job.seed,
@@ -258,7 +270,7 @@ def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
         (rate, STAGE_2_RATE),
     )
     facts = {
-        **_facts(plan, job.study, job.configuration, judged),
+        **_facts(plan, job.study, projector_type, judged),
         "seed": job.seed,
         "visual_tokens": visual_tokens(projector_type),
         "learning_rate": rate,
@@ -297,20 +309,3 @@ def to_hex(correct: list[bool]) -> str:
 def from_hex(text: str, questions: int) -> list[bool]:
     """The inverse of `to_hex`."""
     return [bit == "1" for bit in f"{int(text, 16):0{questions}b}"]
-
-
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the CSV, which is begun if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Every row of the CSV."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

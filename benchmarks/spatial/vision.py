@@ -23,8 +23,8 @@ from benchmarks.spatial.scenes import (
     GLYPHS,
     IMAGE_SIZE,
     KINDS,
+    NUM_PATCHES_PER_SIDE,
     PATCH_SIZE,
-    PATCHES_A_SIDE,
     SHAPES,
     Scene,
     draw,
@@ -41,8 +41,8 @@ DENSE = {
     "colour": (len(COLOURS), 1.0),
     "shape": (len(SHAPES), 1.0),
     "letter": (len(GLYPHS), 10.0),
-    "row": (PATCHES_A_SIDE, 1.0),
-    "column": (PATCHES_A_SIDE, 1.0),
+    "row": (NUM_PATCHES_PER_SIDE, 1.0),
+    "column": (NUM_PATCHES_PER_SIDE, 1.0),
 }
 
 
@@ -58,13 +58,13 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 def dense_labels(scene: Scene) -> torch.Tensor:
     """What covers the centre of each patch, the letter whose centre it holds, and where it is; 0 is none: [5, H, W]."""
-    labels = torch.zeros(len(DENSE), PATCHES_A_SIDE, PATCHES_A_SIDE, dtype=torch.long)
-    labels[3] = 1 + torch.arange(PATCHES_A_SIDE)[:, None]
-    labels[4] = 1 + torch.arange(PATCHES_A_SIDE)
+    labels = torch.zeros(len(DENSE), NUM_PATCHES_PER_SIDE, NUM_PATCHES_PER_SIDE, dtype=torch.long)
+    labels[3] = 1 + torch.arange(NUM_PATCHES_PER_SIDE)[:, None]
+    labels[4] = 1 + torch.arange(NUM_PATCHES_PER_SIDE)
     for thing in scene:
         colour, shape = list(COLOURS).index(thing.colour), SHAPES.index(thing.shape)
-        for row in range(PATCHES_A_SIDE):
-            for column in range(PATCHES_A_SIDE):
+        for row in range(NUM_PATCHES_PER_SIDE):
+            for column in range(NUM_PATCHES_PER_SIDE):
                 if thing.covers((column + 0.5) * PATCH_SIZE, (row + 0.5) * PATCH_SIZE):
                     labels[0, row, column] = 1 + colour
                     labels[1, row, column] = 1 + shape

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.models import STOCK
+from benchmarks.speed.candidates import NAIVE, STOCK, Subject
 from llava_projectors import registry
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.saep import SAEP
@@ -51,44 +51,44 @@ def product(rows: int, inner: int, columns: int) -> Flops:
     return Flops(forward, 2 * forward)
 
 
-def mlp2x_gelu(patches_a_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
+def mlp2x_gelu(num_patches_per_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
     """LLaVA-1.5's projector, for one image of a frozen tower."""
-    patches = patches_a_side**2
+    patches = num_patches_per_side**2
     return linear(patches, mm_hidden_size, hidden_size, input_grad=False) + linear(patches, hidden_size, hidden_size)
 
 
-def saep(model: SAEP, patches_a_side: int) -> Flops:
+def saep(model: SAEP, num_patches_per_side: int) -> Flops:
     """One image of a frozen tower."""
     channels = model.num_levels * model.mm_hidden_size
-    inner, tokens = model.norm.normalized_shape[0], _tokens(model, patches_a_side)
+    inner, tokens = model.norm.normalized_shape[0], _tokens(model, num_patches_per_side)
     depthwise = 2 * tokens * model.depthwise.in_channels * model.depthwise.kernel_size[0] ** 2
     readout = linear(tokens, inner, model.hidden_size) + linear(tokens, model.hidden_size, model.hidden_size)
     if model.order == "pointwise_first":
-        aggregate = linear(patches_a_side**2, channels, inner, input_grad=False) + Flops(0, depthwise)
+        aggregate = linear(num_patches_per_side**2, channels, inner, input_grad=False) + Flops(0, depthwise)
     else:
         aggregate = linear(tokens, channels, inner)
     return aggregate + Flops(depthwise, depthwise) + readout
 
 
-def tokenpacker(model: TokenPacker, patches_a_side: int) -> Flops:
+def tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:
     """One image of a frozen tower; some is made again for the gradient."""
-    width, tokens, region = model.mm_hidden_size, _tokens(model, patches_a_side), model.stride**2
+    width, tokens, region = model.mm_hidden_size, _tokens(model, num_patches_per_side), model.stride**2
     heads = model.clip_attn.num_heads
     attention = linear(tokens, width, width) * 2 + product(tokens * heads, width, region) * 2
     made_again = Flops(0, linear(tokens, width, width).forward + product(tokens * heads, width, region).forward)
-    return _around_attention(model, patches_a_side) + attention + made_again
+    return _around_attention(model, num_patches_per_side) + attention + made_again
 
 
-def naive_tokenpacker(model: TokenPacker, patches_a_side: int) -> Flops:
+def naive_tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:
     """`naive.NaiveTokenPacker` of the same sizes: every key and value is projected."""
-    width, patches, tokens = model.mm_hidden_size, patches_a_side**2, _tokens(model, patches_a_side)
+    width, patches, tokens = model.mm_hidden_size, num_patches_per_side**2, _tokens(model, num_patches_per_side)
     attention = linear(patches, width, width) * 2 + product(tokens, width, model.stride**2) * 2
-    return _around_attention(model, patches_a_side) + attention
+    return _around_attention(model, num_patches_per_side) + attention
 
 
-def _around_attention(model: TokenPacker, patches_a_side: int) -> Flops:
+def _around_attention(model: TokenPacker, num_patches_per_side: int) -> Flops:
     """TokenPacker without what its attention does to keys and values."""
-    width, patches, tokens = model.mm_hidden_size, patches_a_side**2, _tokens(model, patches_a_side)
+    width, patches, tokens = model.mm_hidden_size, num_patches_per_side**2, _tokens(model, num_patches_per_side)
     stack = linear(patches, model.num_levels * width, width, input_grad=False) + linear(patches, width, width)
     query = linear(tokens, width, width, input_grad=False) + linear(tokens, width, width)
     out = linear(tokens, width, width)
@@ -96,37 +96,28 @@ def _around_attention(model: TokenPacker, patches_a_side: int) -> Flops:
     return stack * 2 + query + out + mlp
 
 
-def _tokens(model: Projector, patches_a_side: int) -> int:
-    return math.ceil(patches_a_side / model.stride) ** 2
+def _tokens(model: Projector, num_patches_per_side: int) -> int:
+    return math.ceil(num_patches_per_side / model.stride) ** 2
 
 
-# Stand before a type string, for other implementations of the same projector.
-NAIVE, TRITON = "naive ", "triton "
-
-
-def bare(name: str) -> str:
-    """The type string without such a word."""
-    return name.split(" ")[-1]
-
-
-def projector(type_string: str, patches_a_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
-    """One image through a projector: `mlp2x_gelu`, or a type with a written model, also after `NAIVE` or `TRITON`.
+def projector(subject: Subject, num_patches_per_side: int, mm_hidden_size: int, hidden_size: int) -> Flops:
+    """One image through a projector.
 
     Raises:
         KeyError: there is no written model for the type.
     """
-    if type_string == STOCK:
-        return mlp2x_gelu(patches_a_side, mm_hidden_size, hidden_size)
+    if subject.type_string == STOCK:
+        return mlp2x_gelu(num_patches_per_side, mm_hidden_size, hidden_size)
     with torch.device("meta"):
-        model: Any = registry.build_projector(bare(type_string), mm_hidden_size, hidden_size)
-    is_naive = type_string.startswith(NAIVE)
+        model: Any = registry.build_projector(subject.type_string, mm_hidden_size, hidden_size)
+    is_naive = subject.implementation == NAIVE
     functions: dict[Any, Any] = {SAEP: saep, TokenPacker: naive_tokenpacker if is_naive else tokenpacker}
-    return functions[type(model)](model, patches_a_side)
+    return functions[type(model)](model, num_patches_per_side)
 
 
-def vision_tower(patches_a_side: int, patch_size: int, width: int, intermediate: int, layers: int) -> int:
+def vision_tower(num_patches_per_side: int, patch_size: int, width: int, intermediate: int, layers: int) -> int:
     """Forward pass of the first `layers` layers of a CLIP vision model, one image."""
-    patches = patches_a_side**2
+    patches = num_patches_per_side**2
     positions = patches + 1
     patch_embedding = 2 * patches * 3 * patch_size**2 * width
     layer = linear(positions, width, width) * 4 + linear(positions, width, intermediate) * 2

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
-PATCHES_A_SIDE = IMAGE_SIZE // PATCH_SIZE
+NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 STOCK = "mlp2x_gelu"
 
 

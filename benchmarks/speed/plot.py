@@ -11,10 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.speed.models import STOCK
-from benchmarks.speed.report import Row, group_name, read_rows
+from benchmarks.speed.candidates import EAGER, STOCK
+from benchmarks.speed.report import group_name
+from benchmarks.table import Row, read_rows
 
-COLOURS = {"saep": "tab:blue", "tokenpacker": "tab:orange", "naive": "tab:gray", "triton": "tab:green", STOCK: "black"}
+COLOURS = {"naive": "tab:gray", "triton": "tab:green", "saep": "tab:blue", "tokenpacker": "tab:orange", STOCK: "black"}
 SHADES = {"144": 1.0, "64": 0.75, "36": 0.5}  # of a type's colour, by visual tokens
 
 
@@ -24,7 +25,7 @@ def plot(source: Path, target: Path) -> None:
     Raises:
         ValueError: the file is not one of `bench`.
     """
-    rows = read_rows(source)
+    rows = read_rows(source, "measured_to_bound")
     panels: dict[str, Callable[[Any, list[Row]], None]] = {
         "projector": _ratios,
         "tower": _ratios,
@@ -44,8 +45,14 @@ def plot(source: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _colour(name: str) -> str:
-    return next(colour for prefix, colour in COLOURS.items() if name.startswith(prefix))
+def _colour(row: Row) -> str:
+    words = (row["implementation"], row["type"])
+    return next(colour for prefix, colour in COLOURS.items() if any(word.startswith(prefix) for word in words))
+
+
+def _label(row: Row, text: str) -> str:
+    shown = text.format(**row)
+    return shown if row["implementation"] == EAGER else f"{shown}, {row['implementation']}"
 
 
 def _groups(rows: list[Row]) -> list[list[Row]]:
@@ -68,11 +75,11 @@ def _bars(axis: Any, rows: list[Row], height: Callable[[float], float], label: s
                 x,
                 middle,
                 width,
-                color=_colour(row["type"]),
+                color=_colour(row),
                 alpha=SHADES[row["visual_tokens"]],
                 yerr=[[middle - low], [high - middle]],
                 ecolor="0.3",
-                label=label.format(**row) if place == 0 else None,
+                label=_label(row, label) if place == 0 else None,
             )
             axis.hlines(height(float(row["flops_ratio"])), x - width / 2, x + width / 2, color="red", linewidth=1.2)
     axis.axhline(1, color="black", linewidth=0.8)
@@ -98,20 +105,20 @@ def _speed_ups(axis: Any, rows: list[Row]) -> None:
 
 
 def _lines(axis: Any, rows: list[Row]) -> None:
-    """Prefill time over images a prompt (solid) and over prompts a batch (dashed)."""
+    """Prefill time over images per prompt (solid) and over prompts per batch (dashed)."""
     for column, other, style, label in (
-        ("images", "batch", "-", "images a prompt"),
+        ("images", "batch", "-", "images per prompt"),
         ("batch", "images", "--", "batch"),
     ):
         for name in dict.fromkeys(row["type"] for row in rows):
-            points = sorted(
-                (int(r[column]), float(r["median_s"])) for r in rows if r["type"] == name and r[other] == "1"
+            mine = sorted(
+                (row for row in rows if row["type"] == name and row[other] == "1"), key=lambda row: int(row[column])
             )
-            xs, ys = zip(*points)
-            axis.plot(xs, ys, style, marker="o", color=_colour(name), label=f"{name}, over {label}")
+            xs, ys = [int(row[column]) for row in mine], [float(row["median_s"]) for row in mine]
+            axis.plot(xs, ys, style, marker="o", color=_colour(mine[0]), label=f"{name}, over {label}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlabel("images a prompt, or prompts a batch")
+    axis.set_xlabel("images per prompt, or prompts per batch")
     axis.set_ylabel("prefill, s")
     axis.legend(fontsize=7, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,4 +1,4 @@
-"""Run the suites, write one CSV, print what came out beside the bars."""
+"""Run the suites, write one CSV, print what came out beside the targets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
-from benchmarks.speed import flops
-from benchmarks.speed.report import print_report, write_rows
+from benchmarks.speed.candidates import NAIVE, Subject
+from benchmarks.speed.report import print_report
 from benchmarks.speed.suites import PLANS, SUITES, Group, Plan
+from benchmarks.table import write_rows
 
-YARDSTICK = "matrix product"
+YARDSTICK = Subject("matrix product")
 
 
 def choose_device(name: Optional[str]) -> torch.device:
@@ -74,22 +75,25 @@ def measure_group(group: Group, device: torch.device, seconds: float) -> Iterato
     """One row for each candidate."""
     group.prepare()
     multiply, matrix_flops = measure.matrix_rate_function(device, group.dtype)
-    functions = {name: candidate.function for name, candidate in group.candidates.items()}
+    functions: dict[Subject, measure.Function] = {
+        subject: candidate.function for subject, candidate in group.candidates.items()
+    }
     times = measure.interleave({YARDSTICK: multiply, **functions}, device, seconds)
     rate = matrix_flops / statistics.median(times.pop(YARDSTICK))
     baseline = next(iter(group.candidates))
-    for name, candidate in group.candidates.items():
-        low, middle, high = measure.quartiles(times[name])
+    for subject, candidate in group.candidates.items():
+        low, middle, high = measure.quartiles(times[subject])
         bound = candidate.flops / rate
         yield {
             "suite": group.suite,
             "measure": group.measure,
-            "type": name,
+            "type": subject.type_string,
+            "implementation": subject.implementation,
             "dtype": _dtype(group),
             "batch": group.batch,
             "images": group.images,
             "visual_tokens": candidate.visual_tokens,
-            "rounds": len(times[name]),
+            "rounds": len(times[subject]),
             "median_s": _number(middle),
             "q1_s": _number(low),
             "q3_s": _number(high),
@@ -97,10 +101,10 @@ def measure_group(group: Group, device: torch.device, seconds: float) -> Iterato
             "flops": candidate.flops,
             "matrix_flops_per_s": _number(rate),
             "measured_to_bound": _number(middle / bound),
-            "baseline": baseline,
-            **_ratios("ratio", times[name], times[baseline]),
+            "baseline": baseline.type_string,
+            **_ratios("ratio", times[subject], times[baseline]),
             "flops_ratio": _number(candidate.flops / group.candidates[baseline].flops),
-            **_ratios("ratio_to_naive", times[name], times.get(flops.NAIVE + name)),
+            **_ratios("ratio_to_naive", times[subject], times.get(subject._replace(implementation=NAIVE))),
         }
 
 

@@ -12,15 +12,13 @@ import torch
 from torch import nn
 
 from benchmarks.speed import flops, models
-from benchmarks.speed.models import PATCHES_A_SIDE, STOCK
+from benchmarks.speed.candidates import NAIVE, REDUCING, STOCK, TRITON, Subject, subjects
+from benchmarks.speed.models import NUM_PATCHES_PER_SIDE
 from benchmarks.speed.naive import NaiveTokenPacker
 from llava_projectors import registry
 from llava_projectors.projectors import kernels
 
-REDUCING = tuple(f"{name}={stride}" for name in ("saep:stride", "tokenpacker:scale_factor") for stride in (2, 3, 4))
 TOKENPACKERS = REDUCING[3:]
-NAIVE = tuple(flops.NAIVE + name for name in TOKENPACKERS)
-TRITON = tuple(flops.TRITON + name for name in TOKENPACKERS)
 # Text beside the images of a prompt; LLaVA's own training samples have a few times as much.
 TEXT_TOKENS = 64
 DECODED_TOKENS = 8
@@ -40,7 +38,7 @@ class Plan:
         model_llama: LLM of the model suite.
         model_dtype: of the model suite.
         step_batch: sequences in a training step.
-        scaling: images a prompt, and prompts a batch.
+        scaling: images per prompt, and prompts per batch.
     """
 
     seconds: float
@@ -120,7 +118,7 @@ class Group:
     measure: str
     dtype: torch.dtype
     batch: int
-    candidates: dict[str, Candidate]
+    candidates: dict[Subject, Candidate]
     images: int = 1
     prepare: Callable[[], None] = field(default=lambda: None)
 
@@ -130,22 +128,24 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     width, hidden = models.CLIP_LARGE.width, models.LLAVA_7B.width
     for dtype in plan.dtypes:
         has_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        names = (STOCK, *REDUCING, *NAIVE, *(TRITON if has_kernels else ()))
-        projectors = {name: make_projector(name, width, hidden).to(device, dtype) for name in names}
+        chosen = subjects(STOCK, *REDUCING) + subjects(*TOKENPACKERS, implementation=NAIVE)
+        if has_kernels:
+            chosen += subjects(*TOKENPACKERS, implementation=TRITON)
+        projectors = {subject: make_projector(subject, width, hidden).to(device, dtype) for subject in chosen}
         for batch in plan.batches:
-            features = torch.randn(batch, PATCHES_A_SIDE**2, 4 * width, device=device).to(dtype)
+            features = torch.randn(batch, NUM_PATCHES_PER_SIDE**2, 4 * width, device=device).to(dtype)
             for measure in ("forward", "forward+backward"):
                 candidates = {}
-                for name, projector in projectors.items():
-                    work = flops.projector(name, PATCHES_A_SIDE, width, hidden)
+                for subject, projector in projectors.items():
+                    work = flops.projector(subject, NUM_PATCHES_PER_SIDE, width, hidden)
                     # LLaVA's own projector reads one layer.
-                    x = features[..., -width:].contiguous() if name == STOCK else features
-                    tokens = _visual_tokens(name)
+                    x = features[..., -width:].contiguous() if subject.type_string == STOCK else features
+                    tokens = subject.visual_tokens
                     if measure == "forward":
-                        candidates[name] = Candidate(without_grad(projector, x), batch * work.forward, tokens)
+                        candidates[subject] = Candidate(without_grad(projector, x), batch * work.forward, tokens)
                     else:
                         run, accumulate = forward_backward(projector, x)
-                        candidates[name] = Candidate(run, batch * work.both, tokens, memory=accumulate)
+                        candidates[subject] = Candidate(run, batch * work.both, tokens, memory=accumulate)
                 yield Group("projector", measure, dtype, batch, candidates)
 
 
@@ -154,22 +154,21 @@ def tower_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     shape = plan.tower
     for dtype in plan.dtypes:
         vision_model = models.make_vision_model(shape, device, dtype)
-        towers = {name: models.make_tower(name, vision_model) for name in (STOCK, "saep")}
+        towers = {subject: models.make_tower(subject.type_string, vision_model) for subject in subjects(STOCK, "saep")}
         for batch in plan.tower_batches:
             images = torch.randn(batch, 3, models.IMAGE_SIZE, models.IMAGE_SIZE, device=device).to(dtype)
             candidates = {}
-            for name, tower in towers.items():
-                layers = shape.layers if name == STOCK else shape.selected
-                candidates[name] = Candidate(
-                    without_grad(tower, images), batch * _tower_flops(shape, layers), _visual_tokens(name)
-                )
+            for subject, tower in towers.items():
+                layers = shape.layers if subject.type_string == STOCK else shape.selected
+                work = batch * _tower_flops(shape, layers)
+                candidates[subject] = Candidate(without_grad(tower, images), work, subject.visual_tokens)
             yield Group("tower", "forward", dtype, batch, candidates)
 
 
 def model_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     """Prefill, decoding and both training stages of a LLaVA with random weights."""
     family = models.Family(plan.model_tower, plan.model_llama, device, plan.model_dtype)
-    llavas = {name: family.make(name) for name in (STOCK, *REDUCING)}
+    llavas = {subject: family.make(subject.type_string) for subject in subjects(STOCK, *REDUCING)}
     yield prefill_group("model", family, llavas, batch=1, images=1)
     yield decode_group(family, llavas)
     for measure, train_llm in (("training step, stage 1", False), ("training step, stage 2", True)):
@@ -177,9 +176,10 @@ def model_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
 
 
 def scaling_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
-    """Prefill over images a prompt and over prompts a batch."""
+    """Prefill over images per prompt and over prompts per batch."""
     family = models.Family(plan.model_tower, plan.model_llama, device, plan.model_dtype)
-    llavas = {name: family.make(name) for name in (STOCK, "saep:stride=2", "tokenpacker:scale_factor=3")}
+    chosen = subjects(STOCK, "saep:stride=2", "tokenpacker:scale_factor=3")
+    llavas = {subject: family.make(subject.type_string) for subject in chosen}
     for images in plan.scaling:
         yield prefill_group("scaling", family, llavas, batch=1, images=images)
     for batch in plan.scaling[1:]:
@@ -194,32 +194,33 @@ SUITES: dict[str, Callable[[Plan, torch.device], Iterator[Group]]] = {
 }
 
 
-def prefill_group(suite: str, family: models.Family, llavas: dict[str, Any], batch: int, images: int) -> Group:
+def prefill_group(suite: str, family: models.Family, llavas: dict[Subject, Any], batch: int, images: int) -> Group:
     """The prompt's images through tower and projector, and the whole prompt through the LLM, with a cache."""
     inputs = _prompt(family, batch, images)
     candidates = {}
-    for name, llava in llavas.items():
-        work = _sequence_flops(family, name, images, train_llm=False)
-        candidates[name] = Candidate(
-            without_grad(llava, **inputs, use_cache=True), batch * work.forward, _visual_tokens(name)
-        )
+    for subject, llava in llavas.items():
+        work = _sequence_flops(family, subject, images, train_llm=False)
+        run = without_grad(llava, **inputs, use_cache=True)
+        candidates[subject] = Candidate(run, batch * work.forward, subject.visual_tokens)
     return Group(suite, "prefill", family.dtype, batch, candidates, images)
 
 
-def decode_group(family: models.Family, llavas: dict[str, Any]) -> Group:
+def decode_group(family: models.Family, llavas: dict[Subject, Any]) -> Group:
     """`DECODED_TOKENS` tokens after the prompt, one by one."""
     inputs = _prompt(family, 1, 1)
     candidates = {}
-    for name, llava in llavas.items():
+    for subject, llava in llavas.items():
         with torch.no_grad():
             cache = llava(**inputs, use_cache=True).past_key_values
-        past = TEXT_TOKENS + _visual_tokens(name)
+        past = TEXT_TOKENS + subject.visual_tokens
         work = sum(_llama_flops(family, 1, train=False, past=past + n).forward for n in range(DECODED_TOKENS))
-        candidates[name] = Candidate(_decode(llava, cache, family.device), work, _visual_tokens(name))
+        candidates[subject] = Candidate(_decode(llava, cache, family.device), work, subject.visual_tokens)
     return Group("model", f"decode {DECODED_TOKENS} tokens", family.dtype, 1, candidates)
 
 
-def training_group(family: models.Family, llavas: dict[str, Any], measure: str, batch: int, train_llm: bool) -> Group:
+def training_group(
+    family: models.Family, llavas: dict[Subject, Any], measure: str, batch: int, train_llm: bool
+) -> Group:
     """Forward, backward and AdamW step; the vision model is frozen, the LLM only in stage 1."""
     inputs = _prompt(family, batch, 1)
     labels = inputs["input_ids"]
@@ -243,9 +244,9 @@ def training_group(family: models.Family, llavas: dict[str, Any], measure: str, 
         return run
 
     candidates = {}
-    for name, llava in llavas.items():
-        work = _sequence_flops(family, name, 1, train_llm=train_llm)
-        candidates[name] = Candidate(step(llava), batch * work.both, _visual_tokens(name))
+    for subject, llava in llavas.items():
+        work = _sequence_flops(family, subject, 1, train_llm=train_llm)
+        candidates[subject] = Candidate(step(llava), batch * work.both, subject.visual_tokens)
     return Group("model", measure, family.dtype, batch, candidates, prepare=prepare)
 
 
@@ -265,21 +266,15 @@ class _WithKernels(nn.Module):
             os.environ[kernels.VARIABLE] = before
 
 
-def make_projector(name: str, mm_hidden_size: int, hidden_size: int) -> nn.Module:
-    """A projector by its name in the tables: `mlp2x_gelu`, a type string, or one after `NAIVE` or `TRITON`."""
-    if name == STOCK:
+def make_projector(subject: Subject, mm_hidden_size: int, hidden_size: int) -> nn.Module:
+    """The module, with fresh weights."""
+    if subject.type_string == STOCK:
         return nn.Sequential(nn.Linear(mm_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-    if name.startswith(flops.TRITON):
-        return _WithKernels(make_projector(flops.bare(name), mm_hidden_size, hidden_size))
-    if name.startswith(flops.NAIVE):
-        scale_factor = registry.resolve(name[len(flops.NAIVE) :]).options["scale_factor"]
+    if subject.implementation == NAIVE:
+        scale_factor = registry.resolve(subject.type_string).options["scale_factor"]
         return NaiveTokenPacker(mm_hidden_size, hidden_size, scale_factor)
-    return registry.build_projector(name, mm_hidden_size, hidden_size)
-
-
-def _visual_tokens(name: str) -> int:
-    side = PATCHES_A_SIDE if name == STOCK else registry.resolve(flops.bare(name)).output_side(PATCHES_A_SIDE)
-    return side**2
+    projector = registry.build_projector(subject.type_string, mm_hidden_size, hidden_size)
+    return _WithKernels(projector) if subject.implementation == TRITON else projector
 
 
 def forward_backward(projector: nn.Module, features: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -334,7 +329,7 @@ def _prompt(family: models.Family, batch: int, images: int) -> dict[str, Any]:
 
 
 def _tower_flops(shape: models.TowerShape, layers: int) -> int:
-    return flops.vision_tower(PATCHES_A_SIDE, models.PATCH_SIZE, shape.width, shape.intermediate, layers)
+    return flops.vision_tower(NUM_PATCHES_PER_SIDE, models.PATCH_SIZE, shape.width, shape.intermediate, layers)
 
 
 def _llama_flops(family: models.Family, positions: int, *, train: bool, past: int = 0) -> flops.Flops:
@@ -344,9 +339,10 @@ def _llama_flops(family: models.Family, positions: int, *, train: bool, past: in
     )
 
 
-def _sequence_flops(family: models.Family, name: str, images: int, *, train_llm: bool) -> flops.Flops:
+def _sequence_flops(family: models.Family, subject: Subject, images: int, *, train_llm: bool) -> flops.Flops:
     """One prompt through tower, projector and LLM, forward, and backward as far as the projector."""
-    tower = _tower_flops(family.tower, family.tower.layers if name == STOCK else family.tower.selected)
-    projector = flops.projector(name, PATCHES_A_SIDE, family.tower.width, family.llama.width)
-    positions = TEXT_TOKENS + images * _visual_tokens(name)
+    layers = family.tower.layers if subject.type_string == STOCK else family.tower.selected
+    tower = _tower_flops(family.tower, layers)
+    projector = flops.projector(subject, NUM_PATCHES_PER_SIDE, family.tower.width, family.llama.width)
+    positions = TEXT_TOKENS + images * subject.visual_tokens
     return (flops.Flops(tower) + projector) * images + _llama_flops(family, positions, train=train_llm)
