@@ -5,7 +5,7 @@ it uses the standard library only, costs well under a millisecond, and never rai
 
 Python holds its global import lock while it asks a finder for a module. A finder that imports
 there waits for ever when another thread is importing the same thing. So this one imports
-nothing, and what it needs to know of LLaVA stands below as names. The rest of this package is
+nothing, and what it needs to know of LLaVA stands in `seam_names`. The rest of this package is
 imported when a module with such a name has been executed.
 """
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
+
+from llava_projectors.seam_names import holds_seam
 
 TYPE_CHECKING = False  # `typing` itself would cost an idle interpreter milliseconds
 if TYPE_CHECKING:
@@ -24,16 +26,6 @@ if TYPE_CHECKING:
 
 DISABLE_VARIABLE = "LLAVA_PROJECTORS_DISABLE"
 PACKAGES_VARIABLE = "LLAVA_PROJECTORS_PACKAGES"
-
-
-# What `integration.seams` replaces, by the names that LLaVA and its forks give it: functions of a
-# module, methods of a class. A module that defines none of these is left alone.
-SEAM_FUNCTIONS = frozenset(
-    {"build_vision_tower", "build_image_tower", "build_vision_projector", "build_image_projector",
-     "load_pretrained_model"}
-)  # fmt: skip
-SEAM_METHODS = frozenset({"initialize_vision_modules"})
-SEAM_CLASS_ENDING = "ForCausalLM"
 
 
 class SeamFinder:
@@ -66,17 +58,6 @@ class SeamFinder:
                     _report(fullname, package, error)
                 return spec
         return None
-
-
-def holds_seam(module: ModuleType) -> bool:
-    """Whether the module itself defines a function or class that is patched."""
-    for name, value in list(vars(module).items()):
-        is_seam = name in SEAM_FUNCTIONS or (
-            isinstance(value, type) and (name.endswith(SEAM_CLASS_ENDING) or not SEAM_METHODS.isdisjoint(vars(value)))
-        )
-        if is_seam and value.__module__ == module.__name__:
-            return True
-    return False
 
 
 def _report(module_name: str, package: str, error: Exception) -> None:
@@ -160,10 +141,16 @@ def patch(package: str = "llava") -> list[SeamReport]:
         package: the importable name, for example `llava` or `share4v`.
 
     Returns:
-        What was done, one entry a seam.
+        What was done, one entry per seam.
 
     Raises:
         PatchError: no such package can be imported.
+
+    Example:
+        >>> import llava_projectors
+        >>> reports = llava_projectors.patch("llava")
+        >>> [report.seam for report in reports][:2]
+        ['tower builder', 'projector builder']
     """
     from llava_projectors.integration import seams
 
@@ -176,6 +163,11 @@ def unpatch(package: str = "llava") -> None:
     """Give every patched attribute of `package` its original object back and disarm the hook for it.
 
     Models that were built before keep working with the projector they have.
+
+    Example:
+        >>> import llava_projectors
+        >>> llava_projectors.unpatch("llava")
+        >>> _ = llava_projectors.patch("llava")
     """
     _finder.set_packages(tuple(p for p in _finder.packages if p != package))
     if not _finder.packages and _finder in sys.meta_path:

@@ -41,7 +41,12 @@ OPTIONS_SETTING = "mm_projector_options"
 
 
 def list_projectors() -> list[str]:
-    """Names of all registered projectors, sorted."""
+    """Names of all registered projectors, sorted.
+
+    Example:
+        >>> "saep" in list_projectors()
+        True
+    """
     _load_entry_points()
     return sorted(registration.classes)
 
@@ -79,6 +84,10 @@ def parse_spec(type_string: str) -> ProjectorSpec:
 
     Raises:
         ProjectorSpecError: unknown name, option or value; says what is valid and what is near.
+
+    Example:
+        >>> parse_spec("tokenpacker:scale_factor=3").options
+        {'scale_factor': 3}
     """
     if not is_registered(type_string):
         raise unknown_type(type_string)
@@ -189,6 +198,12 @@ def build_projector(type_string: str, mm_hidden_size: int = 1024, hidden_size: i
 
     Raises:
         ProjectorSpecError: unknown name, option or value.
+
+    Example:
+        >>> import torch
+        >>> projector = build_projector("saep:layers=2+3", mm_hidden_size=8, hidden_size=16)
+        >>> projector(torch.zeros(1, 6 * 6, 2 * 8)).shape
+        torch.Size([1, 9, 16])
     """
     return resolve(type_string).build(mm_hidden_size, hidden_size)
 

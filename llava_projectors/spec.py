@@ -25,6 +25,10 @@ class ProjectorSpecError(ValueError):
 class ProjectorSpec:
     """A parsed type string.
 
+    Example:
+        >>> str(ProjectorSpec("saep", {"stride": 3, "layers": (6, 12)}))
+        'saep:stride=3,layers=6+12'
+
     Attributes:
         name: the projector's name in the registry.
         options: the options that the string gives, converted; defaults are not filled in.

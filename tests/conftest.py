@@ -1,6 +1,7 @@
 """Tiny models in LLaVA's formats, made once a session, and runs of LLaVA's own training script on them."""
 
 import inspect
+import logging
 import os
 import sys
 import textwrap
@@ -57,6 +58,19 @@ class Tiny:
         output = self.root / "runs" / f"llava-{name}"
         command = train.training_command(output, self.llm, self.coarse_tower, projector_type, **options)
         return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
+
+
+@pytest.fixture
+def messages():
+    """What is logged for the user to read, line by line."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("llava_projectors")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Models of the real LLaVA in this process: what the LLM receives, batches, padding, generation, isolation."""
 
 import copy
-import logging
 import pickle
 from types import SimpleNamespace
 
@@ -123,19 +122,10 @@ def test_generation_with_the_kv_cache_equals_generation_without(models, can_gene
     assert torch.equal(cached, full)
 
 
-def test_one_line_says_what_was_built(build_model):
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("llava_projectors")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        build_model("mlp2x_gelu")
-        assert messages == []
-        model = build_model("tokenpacker:scale_factor=3")
-    finally:
-        logger.removeHandler(handler)
+def test_one_line_says_what_was_built(build_model, messages):
+    build_model("mlp2x_gelu")
+    assert messages == []
+    model = build_model("tokenpacker:scale_factor=3")
     parameters = sum(p.numel() for p in model.get_model().mm_projector.parameters())
     assert messages == [
         "tokenpacker:scale_factor=3: 576 -> 64 visual tokens an image (24x24 -> 8x8), "

@@ -251,5 +251,5 @@ def test_an_adapter_of_another_stride_fits_and_is_mentioned(tiny, trained):
     """TokenPacker's weights do not depend on the scale factor, so going on with another one may be meant."""
     adapter = trained("tokenpacker").adapter / "mm_projector.bin"
     _, output = tiny.finetune("other-stride", "tokenpacker:scale_factor=3", adapter, max_steps=1)
-    assert f"WARNING: {adapter} was trained as 'tokenpacker'; its weights fit and go on as 'tokenpacker:scale" in output
+    assert f"WARNING: {adapter} was trained with scale_factor=2 (now 3); its weights fit and go on" in output
     assert "144 -> 16 visual tokens" in output

@@ -50,7 +50,7 @@ def test_a_fresh_interpreter_is_armed_and_imports_nothing():
     before = set(sys.modules)
     print("torch" in before, sorted(m for m in before if m.startswith("llava_projectors")))
     """
-    assert python(script) == "False ['llava_projectors', 'llava_projectors.autoload']"
+    assert python(script) == "False ['llava_projectors', 'llava_projectors.autoload', 'llava_projectors.seam_names']"
 
 
 def test_importing_llava_patches_it():

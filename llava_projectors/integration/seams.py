@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Callable, Optional, Union
 
-from llava_projectors import autoload
+from llava_projectors import seam_names
 from llava_projectors.integration import wrappers
 from llava_projectors.integration.gate import Package, is_ours
 
@@ -153,9 +153,9 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
         if not isinstance(value, type) or value.__module__ != module.__name__:
             continue
         if seam.inherited:
-            is_model = name.endswith(autoload.SEAM_CLASS_ENDING)
+            is_model = name.endswith(seam_names.SEAM_CLASS_ENDING)
         else:
-            is_model = not autoload.SEAM_METHODS.isdisjoint(vars(value))
+            is_model = not seam_names.SEAM_METHODS.isdisjoint(vars(value))
         for attribute in seam.names if is_model else ():
             if attribute in vars(value) or (seam.inherited and hasattr(value, attribute)):
                 yield value, attribute
@@ -164,7 +164,7 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
 def _modules(package: str) -> list[ModuleType]:
     """The imported modules of the package that hold a seam."""
     found = [m for name, m in list(sys.modules.items()) if m is not None and name.startswith(f"{package}.")]
-    return [module for module in found if autoload.holds_seam(module)]
+    return [module for module in found if seam_names.holds_seam(module)]
 
 
 def _replace_copies(name: str, old: Any, new: Any) -> None:

@@ -38,13 +38,20 @@ class Projector(nn.Module):
 
     A subclass takes `mm_hidden_size`, `hidden_size` and its options, keyword-only with defaults.
     It keeps no buffers, because LLaVA's adapter files hold parameters only, and names no layer
-    like one of the LLM's, because LoRA picks its targets by the end of a name.
+    like one of the LLM's, because LoRA picks its targets by the end of a name. An option whose
+    default it derives, it keeps as an attribute of that name: checkpoints record it.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
         hidden_size: D, width of the LLM.
         layers: the hidden states to aggregate, or None for the default of the class.
         stride: side of the square of patches that becomes one visual token.
+
+    Example:
+        >>> from llava_projectors import build_projector
+        >>> projector = build_projector("avg_pool", mm_hidden_size=8, hidden_size=16)
+        >>> isinstance(projector, Projector), projector(torch.zeros(2, 4 * 4, 8)).shape
+        (True, torch.Size([2, 4, 16]))
 
     Attributes:
         name: what a type string calls the projector.

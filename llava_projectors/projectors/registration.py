@@ -28,6 +28,17 @@ def register_projector(name: str) -> Callable[[ProjectorClass], ProjectorClass]:
     Raises:
         ValueError: the name is no lower-case identifier, is LLaVA's own, or is taken.
         TypeError: not a Projector, or an option that no type string could give.
+
+    Example:
+        >>> from torch import nn
+        >>> @register_projector("first_patch")
+        ... class FirstPatch(Projector):
+        ...     def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 2):
+        ...         super().__init__(mm_hidden_size, hidden_size, layers=None, stride=stride)
+        ...         self.to_llm = nn.Linear(mm_hidden_size, hidden_size)
+        ...     def forward(self, features):
+        ...         return self.to_llm(self.to_grid(features)[:, :: self.stride, :: self.stride].flatten(1, 2))
+        >>> _ = classes.pop("first_patch"), options.pop("first_patch")  # so that this example leaves nothing behind
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"projector name {name!r} must be lower-case letters, digits and underscores")

@@ -71,6 +71,8 @@ class SAEP(Projector):
             inner_size = mm_hidden_size
         if inner_size < 1:
             raise ValueError(f"inner_size={inner_size} must be at least 1")
+        self.kernel_size = kernel_size
+        self.inner_size = inner_size
         self.order = order
         self.shortcut = shortcut
         in_channels = self.num_levels * mm_hidden_size

@@ -1,0 +1,29 @@
+"""The names by which a module of LLaVA, or of a fork, is known to hold something that is patched.
+
+`autoload` looks here in every interpreter, so this uses the standard library only.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # `typing` itself would cost an idle interpreter milliseconds
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# Functions of a module, methods of a class, and how the classes end that load checkpoints.
+SEAM_FUNCTIONS = frozenset(
+    {"build_vision_tower", "build_image_tower", "build_vision_projector", "build_image_projector",
+     "load_pretrained_model"}
+)  # fmt: skip
+SEAM_METHODS = frozenset({"initialize_vision_modules"})
+SEAM_CLASS_ENDING = "ForCausalLM"
+
+
+def holds_seam(module: ModuleType) -> bool:
+    """Whether the module itself defines a function or class that is patched."""
+    for name, value in list(vars(module).items()):
+        is_seam = name in SEAM_FUNCTIONS or (
+            isinstance(value, type) and (name.endswith(SEAM_CLASS_ENDING) or not SEAM_METHODS.isdisjoint(vars(value)))
+        )
+        if is_seam and value.__module__ == module.__name__:
+            return True
+    return False
