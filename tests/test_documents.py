@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.speed import flops
+from benchmarks.speed.candidates import Subject
 from llava_projectors import build_projector
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,18 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     local = [link for link in links if not link.startswith("http")]
     assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_mathematics_counts_saeps_operations():
+    text = (ROOT / "docs" / "mathematics.md").read_text()
+    counts = [flops.projector(Subject(f"saep:stride={stride}"), 24, 1024, 4096).forward / 1e9 for stride in (2, 3, 4)]
+    aggregation = flops.linear(24**2, 4 * 1024, 1024).forward / 1e9
+    one, two, three = (f"{count:.2f}" for count in counts)
+    assert f"{aggregation:.2f} GFLOP of {one} at stride 2, {two} at stride 3 and {three} at stride 4" in text
 
 
 @pytest.mark.parametrize(

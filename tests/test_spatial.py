@@ -289,7 +289,7 @@ def test_a_report_of_a_comparison_that_was_interrupted(tmp_path):
     assert leads[1] == "| `tokenpacker:scale_factor=3` | 16 |  |"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/choosing.md"])
+@pytest.mark.parametrize("document", ["benchmarks/README.md", "docs/choosing.md"])
 def test_documents_say_what_the_comparison_found(document):
     found = {}
     for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss"):
