@@ -20,13 +20,13 @@ from llava_projectors import projectors
 from llava_projectors.projectors import registration
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import (
+    PREFIX,
     Option,
     ProjectorSpec,
     ProjectorSpecError,
     base_name,
     format_value,
     parse_type_string,
-    split_type_string,
     suggest,
 )
 
@@ -91,8 +91,25 @@ def parse_spec(type_string: str) -> ProjectorSpec:
     """
     if not is_registered(type_string):
         raise unknown_type(type_string)
-    name, _ = split_type_string(type_string)
-    return parse_type_string(type_string, registration.options[name])
+    name = base_name(type_string)
+    cls = registration.classes[name]
+    strides = {other.stride_option for other in registration.classes.values()}
+    synonyms = dict.fromkeys(strides, cls.stride_option) if cls.stride_option in registration.options[name] else {}
+    return parse_type_string(type_string, registration.options[name], synonyms)
+
+
+def normalize(type_string: str) -> str:
+    """A type string as it is kept in a checkpoint's config: without blanks, numbers in their plainest form.
+
+    Raises:
+        ProjectorSpecError: as `parse_spec`.
+
+    Example:
+        >>> normalize(" saep : stride = +3")
+        'saep:stride=3'
+    """
+    prefix = PREFIX if type_string.strip().startswith(PREFIX) else ""
+    return f"{prefix}{parse_spec(type_string)}"
 
 
 @dataclass(frozen=True)

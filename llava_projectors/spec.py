@@ -11,7 +11,7 @@ import inspect
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 # Before a name, it says that ours is meant where a fork has a type of the same name.
 PREFIX = "llava_projectors."
@@ -111,8 +111,10 @@ def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
     for part in tail.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
+            hint = "; the values of a list are joined by +, for example layers=6+12" if pairs else ""
             raise ProjectorSpecError(
-                f"cannot read {part!r} in projector type {type_string!r}: options are written name:key=value,key=value"
+                f"cannot read {part!r} in projector type {type_string!r}: options are written "
+                f"name:key=value,key=value{hint}"
             )
         if key in pairs:
             raise ProjectorSpecError(f"option {key!r} is given twice in projector type {type_string!r}")
@@ -120,14 +122,23 @@ def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
     return base_name(type_string), pairs
 
 
-def parse_type_string(type_string: str, options: Mapping[str, Option]) -> ProjectorSpec:
-    """Read a type string of a projector that declares `options`."""
+def parse_type_string(
+    type_string: str, options: Mapping[str, Option], synonyms: Optional[Mapping[str, str]] = None
+) -> ProjectorSpec:
+    """Read a type string of a projector that declares `options`.
+
+    Args:
+        type_string: what the user wrote.
+        options: name -> what may stand behind it.
+        synonyms: what other projectors call an option -> its name here, for suggestions.
+    """
     name, pairs = split_type_string(type_string)
     for key in pairs:
         if key not in options:
             valid = ", ".join(options) or "none"
+            near = f"; did you mean {synonyms[key]!r}?" if synonyms and key in synonyms else suggest(key, options)
             raise ProjectorSpecError(
-                f"unknown option {key!r} in projector type {type_string!r}: {name!r} has {valid}{suggest(key, options)}"
+                f"unknown option {key!r} in projector type {type_string!r}: {name!r} has {valid}{near}"
             )
     return ProjectorSpec(name, {key: options[key].parse(text, type_string) for key, text in pairs.items()})
 

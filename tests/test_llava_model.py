@@ -221,3 +221,27 @@ def test_llavas_own_types_are_llavas(projector_type):
     stock = build_vision_projector.__wrapped__(config)
     assert type(patched) is type(stock)
     assert all(torch.equal(a, b) for a, b in zip(patched.parameters(), stock.parameters()))
+
+
+def test_a_projector_that_breaks_the_token_contract_is_told_before_training(build_model, monkeypatch):
+    """`output_side` rounds up, this forward rounds down: on a grid of 24 it differs at stride 5."""
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
+
+    @llava_projectors.register_projector("rounding_down")
+    class RoundingDown(llava_projectors.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 5):
+            super().__init__(mm_hidden_size, hidden_size, layers=None, stride=stride)
+            self.to_llm = torch.nn.Linear(mm_hidden_size, hidden_size)
+
+        def forward(self, features):
+            grid = self.to_grid(features).permute(0, 3, 1, 2)
+            return self.to_llm(torch.nn.functional.max_pool2d(grid, self.stride).flatten(2).transpose(1, 2))
+
+    build_model("rounding_down:stride=4")
+    with pytest.raises(ProjectorSpecError, match=r"24x24 patches: .* \[1, 25, 80\], its .*\[1, 16, 80\]"):
+        build_model("rounding_down")
+
+
+def test_the_config_keeps_the_type_string_in_its_plainest_form(build_model):
+    assert build_model(" saep : stride = +3 ").config.mm_projector_type == "saep:stride=3"

@@ -53,7 +53,9 @@ def test_parse_and_write_back(type_string, name, options):
         ("saep:stride=5", "bad value '5' for option 'stride'.*valid values are 2, 3, 4"),
         ("saep:stride=two", "bad value 'two' for option 'stride'.*expected one of 2, 3, 4"),
         ("saep:kernel_size=3.5", "bad value '3.5'.*expected a whole number"),
-        ("saep:layers=6,12", "cannot read '12'"),
+        ("saep:layers=6,12", r"cannot read '12'.*joined by \+, for example layers=6\+12"),
+        ("tokenpacker:stride=3", "'tokenpacker' has scale_factor, layers; did you mean 'scale_factor'"),
+        ("saep:scale_factor=3", "did you mean 'stride'"),
         ("saep:layers=6+x", r"bad value '6\+x'.*expected a whole number, or several joined by '\+'"),
         ("saep:order=pointwise", r"did you mean 'pointwise_first'\?"),
         ("saep:stride=2,stride=3", "option 'stride' is given twice"),
@@ -151,3 +153,17 @@ def test_types_of_other_distributions(installed_distribution):
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(sorted([*BUILT_IN, "theirs"]))
     assert "not_there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "written", [" saep : stride = 3 , layers=6+12", "saep:stride=\uff13,layers=6+12", "saep:stride=+3,layers=06+12"]
+)
+def test_a_type_string_is_kept_in_its_plainest_form(written):
+    assert registry.normalize(written) == "saep:stride=3,layers=6+12"
+    assert registry.normalize(f"llava_projectors.{written.strip()}") == "llava_projectors.saep:stride=3,layers=6+12"
+
+
+def test_a_kernel_larger_than_the_grid_is_refused():
+    with pytest.raises(lp.ProjectorSpecError, match="kernel_size=99 is larger than 24, the side of the patch grid"):
+        registry.resolve("saep:kernel_size=99").output_side(24)
+    assert registry.resolve("saep:kernel_size=23").output_side(24) == 12

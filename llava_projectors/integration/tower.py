@@ -365,8 +365,8 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
     if list(absolute) != sorted(set(absolute)):
         if not given:
             raise ProjectorSpecError(
-                f"{prefix}: the default layers {format_value(layers)} need a selected layer of at least 6, "
-                f"and --mm_vision_select_layer {select_layer} is {selected}; list them yourself, for example "
+                f"{prefix}: the default layers need a selected layer of at least 6, and --mm_vision_select_layer "
+                f"{select_layer} is {selected}; list the layers yourself, for example "
                 f"{resolved.cls.name}:layers={selected}; {tower_is}"
             )
         raise ProjectorSpecError(

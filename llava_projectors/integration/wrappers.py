@@ -78,6 +78,7 @@ def initialize_vision_modules(
     trained = getattr(model, "mm_projector", None)
     if trained is not None:
         refuse_other_projector(package, model, model_args)
+    model_args.mm_projector_type = registry.normalize(model_args.mm_projector_type)
     check_adapter(model, model_args, _tower_builder(original))
     result = original(model, model_args, *args, **kwargs)
     if trained is not None and getattr(model_args, "pretrain_mm_mlp_adapter", None) is None:
@@ -211,8 +212,28 @@ def announce(model: Any) -> None:
             f"projector type {model.config.mm_projector_type!r} needs the patched vision tower, "
             f"but {type(tower).__name__} was built around the patch; run `llava-projectors doctor`"
         )
+    if tower.patch_side is not None:
+        check_tokens(tower.projector_spec, projector, tower.patch_side)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in projector.parameters())  # ZeRO-3 empties p
     log(f"{model.config.mm_projector_type}: {tower.describe()}, {parameters / 1e6:.2f}M parameters")
+
+
+def check_tokens(resolved: registry.ResolvedSpec, projector: Projector, side: int) -> None:
+    """Raise unless the projector gives as many visual tokens as its class says; nothing is computed.
+
+    Raises:
+        ProjectorSpecError: with both shapes.
+    """
+    channels = projector.num_levels * projector.mm_hidden_size
+    with torch.device("meta"), torch.no_grad():
+        twin = resolved.build(projector.mm_hidden_size, projector.hidden_size)
+        found = list(twin(torch.empty(1, side**2, channels)).shape)
+    promised = [1, resolved.output_side(side) ** 2, projector.hidden_size]
+    if found != promised:
+        raise ProjectorSpecError(
+            f"projector type {resolved.type_string!r} breaks its contract on a grid of {side}x{side} patches: its "
+            f"output_side promises visual tokens [images, tokens, channels] {promised}, its forward returns {found}"
+        )
 
 
 def log(message: str) -> None:

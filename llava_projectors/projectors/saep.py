@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional
+from collections.abc import Mapping
+from typing import Any, Literal, Optional
 
 import torch
 from torch import nn
@@ -87,6 +88,14 @@ class SAEP(Projector):
         )
         self.norm = nn.LayerNorm(inner_size, eps=1e-6)
         self.readout = TwoLayerMLP(inner_size, hidden_size)
+
+    @classmethod
+    def output_side(cls, side: int, options: Mapping[str, Any]) -> int:
+        """As every projector's; a kernel larger than the patch grid is an error too."""
+        kernel_size = options.get("kernel_size")
+        if kernel_size is not None and kernel_size > side:
+            raise ValueError(f"kernel_size={kernel_size} is larger than {side}, the side of the patch grid")
+        return super().output_side(side, options)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, ceil(H / stride)**2, D], in the dtype of the weights."""
