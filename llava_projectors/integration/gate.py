@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, ModuleType
+from functools import cache
+from types import CodeType
 from typing import Any, Callable
 
 from llava_projectors import registry
@@ -64,14 +65,16 @@ def is_our_type(type_string: Any, package: Package) -> bool:
     return type_string.strip().startswith(PREFIX) or not package.knows(base_name(type_string))
 
 
-def _constants(function: Function) -> Iterator[str]:
+@cache  # the gate stands in front of every forward
+def _constants(function: Function) -> frozenset[str]:
     """Every word that a function, or a table in its module, compares with or looks up."""
     function = inspect.unwrap(function)
-    yield from _words(function.__code__)
-    module = inspect.getmodule(function)
-    for name, value in vars(module).items() if isinstance(module, ModuleType) else ():
-        if isinstance(value, dict) and not name.startswith("__"):
-            yield from (key for key in value if isinstance(key, str))
+    tables = [
+        value
+        for name, value in vars(inspect.getmodule(function)).items()
+        if isinstance(value, dict) and not name.startswith("__")
+    ]
+    return frozenset([*_words(function.__code__), *(key for table in tables for key in table if isinstance(key, str))])
 
 
 def _words(code: CodeType) -> Iterator[str]:
