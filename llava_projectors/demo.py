@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,61 +85,99 @@ def ask(checkpoint: Path, image: Path, question: str = QUESTION, max_new_tokens:
     return Answer(text, lengths[0], lengths[0] - num_text_tokens, projector)
 
 
+@dataclass(frozen=True)
+class Assets:
+    """What every run of the demo starts from: folders and files that LLaVA's script reads."""
+
+    tower: Path
+    llm: Path
+    pretrain_data: Path
+    finetune_data: Path
+    images: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Assets:
+        """Write tiny models and data below the folder.
+
+        The tower has 12x12 patches, a quarter of CLIP-L's: LLaVA's script holds it in float16, which
+        many CPUs only emulate.
+        """
+        pretrain_data, finetune_data = make_dataset(folder / "data")
+        tower = make_vision_tower(folder / "clip", patch_size=28)
+        llm = make_llm(folder / "vicuna", hidden_size=160, num_layers=2)
+        return cls(tower, llm, pretrain_data, finetune_data, folder / "data" / "images")
+
+
+def train(projector_type: str, folder: Path, assets: Assets, steps: int, say: Callable[[str], None]) -> Path:
+    """Both of LLaVA's stages, by its own script; returns the checkpoint.
+
+    Raises:
+        TrainingFailed: the script did not end well.
+    """
+    environment = _environment()
+    adapter, checkpoint = folder / "llava-pretrain", folder / "llava"
+    say(f"{projector_type}: python -m llava.train.train, pretraining, {PRETRAIN_STEPS} steps")
+    options = pretrain_arguments(assets.pretrain_data, assets.images, max_steps=PRETRAIN_STEPS)
+    command = training_command(adapter, assets.llm, assets.tower, projector_type, **options)
+    run(command, folder / "pretrain.log", environment)
+    say(f"{projector_type}: python -m llava.train.train, fine-tuning, {steps} steps")
+    options = finetune_arguments(assets.finetune_data, assets.images, adapter / "mm_projector.bin", max_steps=steps)
+    command = training_command(checkpoint, assets.llm, assets.tower, projector_type, **options)
+    run(command, folder / "finetune.log", environment)
+    return checkpoint
+
+
+def _workers() -> int:
+    """Runs at a time: starting LLaVA's script keeps one core busy, whatever the others do."""
+    return 1 if torch.cuda.is_available() else min(len(TYPES), os.cpu_count() or 1, 2)
+
+
+def _environment() -> dict[str, str]:
+    if torch.cuda.is_available():
+        # On several GPUs, the trainer would split batches among them; one is enough.
+        return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // _workers()))}
+
+
 def demo(output: Path, steps: int) -> int:
     """Run the whole demo below `output`; returns the exit status."""
     started = time.monotonic()
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     transformers.logging.set_verbosity_error()  # the loader lists every key of the vision tower
 
-    # On several GPUs, the trainer would split batches among them; one is enough.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = {"CUDA_VISIBLE_DEVICES": visible} if torch.cuda.is_available() else {}
-
     def say(message: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {message}", flush=True)
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_workers()} types at a time"
     say(f"tiny CLIP, LLM and data in {output} ({where})")
-    tower = make_vision_tower(output / "clip")
-    llm = make_llm(output / "vicuna", hidden_size=160, num_layers=2)
-    pretrain_data, finetune_data = make_dataset(output / "data")
-    images = output / "data" / "images"
+    assets = Assets.make(output)
+    folders = {name: output / name.replace(":", "-").replace("=", "-") for name in TYPES}
+    with ThreadPoolExecutor(_workers()) as pool:
+        runs = {name: pool.submit(train, name, folder, assets, steps, say) for name, folder in folders.items()}
     rows = []
-    for number, projector_type in enumerate(TYPES, 1):
-        folder = output / projector_type.replace(":", "-").replace("=", "-")
-        say(f"{number}/{len(TYPES)} {projector_type}: python -m llava.train.train, pretraining, {PRETRAIN_STEPS} steps")
-        adapter, checkpoint = folder / "llava-pretrain", folder / "llava"
+    for name, finished in runs.items():
         try:
-            arguments = pretrain_arguments(pretrain_data, images, max_steps=PRETRAIN_STEPS)
-            run(
-                training_command(adapter, llm, tower, projector_type, **arguments), folder / "pretrain.log", environment
-            )
-            say(f"{number}/{len(TYPES)} {projector_type}: python -m llava.train.train, fine-tuning, {steps} steps")
-            arguments = finetune_arguments(finetune_data, images, adapter / "mm_projector.bin", max_steps=steps)
-            run(
-                training_command(checkpoint, llm, tower, projector_type, **arguments),
-                folder / "finetune.log",
-                environment,
-            )
+            checkpoint = finished.result()
         except TrainingFailed as failure:
-            say(f"{projector_type} failed: {failure}")
+            say(f"{name} failed: {failure}")
             return 1
-        say(f"{number}/{len(TYPES)} {projector_type}: load_pretrained_model, generate")
+        say(f"{name}: load_pretrained_model, generate")
         with contextlib.redirect_stdout(io.StringIO()):
-            answer = ask(checkpoint, images / "flower.jpg")
-        curve = losses(checkpoint)
-        rows.append(
-            (
-                projector_type,
-                str(answer.visual_tokens),
-                str(answer.sequence_length),
-                f"{seconds_per_step(checkpoint):.3f}",
-                f"{curve[0]:.3f}",
-                f"{curve[-1]:.3f}",
-                answer.text,
-            )
-        )
+            answer = ask(checkpoint, assets.images / "flower.jpg")
+        rows.append((name, *_measured(checkpoint, answer)))
     say(f'done; the question was "{QUESTION}", about flower.jpg\n')
     rule = tuple("-" * max(map(len, column)) for column in zip(HEADER, *rows))
     print_columns([HEADER, rule, *rows])
     return 0
+
+
+def _measured(checkpoint: Path, answer: Answer) -> tuple[str, ...]:
+    curve = losses(checkpoint)
+    return (
+        str(answer.visual_tokens),
+        str(answer.sequence_length),
+        f"{seconds_per_step(checkpoint):.3f}",
+        f"{curve[0]:.3f}",
+        f"{curve[-1]:.3f}",
+        answer.text,
+    )
