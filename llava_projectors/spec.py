@@ -15,6 +15,7 @@ from typing import Any, Callable, Optional
 
 # Before a name, it says that ours is meant where a fork has a type of the same name.
 PREFIX = "llava_projectors."
+KIND = "projector type"
 
 
 class ProjectorSpecError(ValueError):
@@ -60,19 +61,18 @@ class Option:
     expects: str
     convert: Callable[[str], Any]
 
-    def parse(self, text: str, type_string: str) -> Any:
-        """The value that `text` stands for; `type_string` is quoted in errors."""
+    def parse(self, text: str, type_string: str, kind: str = KIND) -> Any:
+        """The value that `text` stands for; errors quote `type_string` and call it a `kind`."""
         try:
             value = self.convert(text)
         except ValueError:
             raise ProjectorSpecError(
-                f"bad value {text!r} for option {self.name!r} in projector type {type_string!r}: "
-                f"expected {self.expects}"
+                f"bad value {text!r} for option {self.name!r} in {kind} {type_string!r}: expected {self.expects}"
             ) from None
         if self.choices and value not in self.choices:
             valid = ", ".join(map(format_value, self.choices))
             raise ProjectorSpecError(
-                f"bad value {text!r} for option {self.name!r} in projector type {type_string!r}: "
+                f"bad value {text!r} for option {self.name!r} in {kind} {type_string!r}: "
                 f"valid values are {valid}{suggest(text, map(format_value, self.choices))}"
             )
         return value
@@ -99,7 +99,7 @@ def base_name(type_string: str) -> str:
     return type_string.partition(":")[0].strip().removeprefix(PREFIX)
 
 
-def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
+def split_type_string(type_string: str, kind: str = KIND) -> tuple[str, dict[str, str]]:
     """The name and the options, as texts.
 
     Example:
@@ -113,34 +113,32 @@ def split_type_string(type_string: str) -> tuple[str, dict[str, str]]:
         if not (key and equals and value):
             hint = "; the values of a list are joined by +, for example layers=6+12" if pairs else ""
             raise ProjectorSpecError(
-                f"cannot read {part!r} in projector type {type_string!r}: options are written "
-                f"name:key=value,key=value{hint}"
+                f"cannot read {part!r} in {kind} {type_string!r}: options are written name:key=value,key=value{hint}"
             )
         if key in pairs:
-            raise ProjectorSpecError(f"option {key!r} is given twice in projector type {type_string!r}")
+            raise ProjectorSpecError(f"option {key!r} is given twice in {kind} {type_string!r}")
         pairs[key] = value
     return base_name(type_string), pairs
 
 
 def parse_type_string(
-    type_string: str, options: Mapping[str, Option], synonyms: Optional[Mapping[str, str]] = None
+    type_string: str, options: Mapping[str, Option], synonyms: Optional[Mapping[str, str]] = None, kind: str = KIND
 ) -> ProjectorSpec:
-    """Read a type string of a projector that declares `options`.
+    """Read a type string of a projector, or of another `kind`, that declares `options`.
 
     Args:
         type_string: what the user wrote.
         options: name -> what may stand behind it.
         synonyms: what other projectors call an option -> its name here, for suggestions.
+        kind: what errors call it.
     """
-    name, pairs = split_type_string(type_string)
+    name, pairs = split_type_string(type_string, kind)
     for key in pairs:
         if key not in options:
             valid = ", ".join(options) or "none"
             near = f"; did you mean {synonyms[key]!r}?" if synonyms and key in synonyms else suggest(key, options)
-            raise ProjectorSpecError(
-                f"unknown option {key!r} in projector type {type_string!r}: {name!r} has {valid}{near}"
-            )
-    return ProjectorSpec(name, {key: options[key].parse(text, type_string) for key, text in pairs.items()})
+            raise ProjectorSpecError(f"unknown option {key!r} in {kind} {type_string!r}: {name!r} has {valid}{near}")
+    return ProjectorSpec(name, {key: options[key].parse(text, type_string, kind) for key, text in pairs.items()})
 
 
 def declared_options(cls: type) -> dict[str, Option]:
