@@ -21,6 +21,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="projector types, their options and token counts")
+    listing.add_argument(
+        "--image",
+        type=picture_size,
+        metavar="WIDTHxHEIGHT",
+        help="grid and visual tokens of such a picture with --image_aspect_ratio slice, instead of the options",
+    )
     listing.add_argument("--json", action="store_true", help="machine-readable output")
     listing.set_defaults(run=list_types)
 
@@ -59,11 +65,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         "patches that went into them: TokenPacker's attention weights, the effective receptive field of other types. "
         "Needs the extra llava-projectors[viz]; with --model-path also LLaVA.",
     )
-    show.add_argument("image", type=Path, metavar="IMAGE", help="picture, cropped to its central square")
+    show.add_argument(
+        "image", type=Path, metavar="IMAGE", help="picture; cropped to its central square unless in tiles"
+    )
     weights_of = show.add_mutually_exclusive_group()
     weights_of.add_argument("--type", help="a type string, with random weights (saep)")
     weights_of.add_argument("--model-path", help="a LLaVA checkpoint with one of our projectors, trained")
     show.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    show.add_argument(
+        "--tiles",
+        type=int,
+        choices=(9, 16, 25),
+        help="cut the picture into at most so many tiles (default: as the checkpoint does; else one square)",
+    )
     show.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
     show.add_argument("--output", type=Path, default=Path("tokens.png"), help="picture to write (%(default)s)")
     show.set_defaults(run=run_show)
@@ -73,11 +87,23 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def list_types(arguments: argparse.Namespace) -> int:
-    """Print every registered type."""
-    from llava_projectors.listing import print_types  # imports torch, which `--help` need not wait for
+    """Print every registered type, or what becomes of a picture with each."""
+    from llava_projectors.listing import print_image, print_types  # imports torch, which `--help` need not wait for
 
-    print_types(arguments.json)
+    if arguments.image is None:
+        print_types(arguments.json)
+    else:
+        width, height = arguments.image
+        print_image(width, height, arguments.json)
     return 0
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """`1920x1080` -> (1920, 1080)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels like 1920x1080")
+    return int(width), int(height)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -117,6 +143,7 @@ def run_show(arguments: argparse.Namespace) -> int:
             arguments.model_path,
             arguments.model_base,
             arguments.token,
+            arguments.tiles,
         )
     except ImportError as error:
         return lacks_package("the picture", "viz", error)

@@ -1,16 +1,17 @@
-"""What `llava-projectors list` prints: every type with its options and token counts."""
+"""What `llava-projectors list` prints: every type with its options and token counts, also of a picture in tiles."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from llava_projectors import registry
+from llava_projectors import registry, slicing
 from llava_projectors.columns import print_columns
 from llava_projectors.spec import format_value
 
 INDENT = "    "
-NUM_PATCHES_PER_SIDE = 336 // 14
+TILE = 336
+NUM_PATCHES_PER_SIDE = TILE // 14
 
 
 def print_types(as_json: bool = False) -> None:
@@ -33,6 +34,36 @@ def print_types(as_json: bool = False) -> None:
             INDENT,
         )
         print()
+
+
+def print_image(width: int, height: int, as_json: bool = False) -> None:
+    """Print what `--image_aspect_ratio slice` makes of a picture, with every type."""
+    report = describe_image(width, height)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    settings = list(report["grids"])
+    print(f"A picture of {width}x{height} pixels, in tiles of {TILE} px (--image_aspect_ratio):\n")
+    rows = []
+    for setting, (grid_rows, grid_columns) in report["grids"].items():
+        more = " and a thumbnail" if grid_rows * grid_columns > 1 else ""
+        rows.append((setting, f"{grid_rows}x{grid_columns} tiles{more}"))
+    print_columns(rows, INDENT)
+    print("\nVisual tokens of one tile, and of the picture with its separators:\n")
+    header = ("type", "tile", *settings)
+    counts = [(row["type"], str(row["tile"]), *(str(row[setting]) for setting in settings)) for row in report["types"]]
+    print_columns([header, *counts], INDENT)
+
+
+def describe_image(width: int, height: int) -> dict[str, Any]:
+    """The grid of a picture for 9, 16 and 25 tiles, and its visual tokens with every type at every stride."""
+    found = {f"{slicing.NAME}:patch_num={n}": slicing.choose_grid(width, height, n, TILE) for n in slicing.PATCH_NUMS}
+    types = []
+    for name in registry.list_projectors():
+        for row in describe_type(name)["tokens"]:
+            counts = {setting: slicing.visual_tokens(grid, row["tokens"]) for setting, grid in found.items()}
+            types.append({"type": row["type"], "tile": row["tokens"], **counts})
+    return {"width": width, "height": height, "grids": found, "types": types}
 
 
 def describe_type(name: str) -> dict[str, Any]:

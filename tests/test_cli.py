@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_projectors.integration.seams import SEAMS
+
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
 
 
@@ -47,16 +49,29 @@ def test_list():
     }
 
 
+def test_list_for_a_picture():
+    out = cli("list", "--image", "1920x1080")
+    assert re.search(r"slice:patch_num=9 +2x4 tiles and a thumbnail", out)
+    # 9 tiles with the thumbnail, each of 144 tokens and a separator
+    assert re.search(r"tokenpacker:scale_factor=2 +144 +1305 ", out)
+    report = json.loads(cli("list", "--image", "300x300", "--json"))
+    assert report["grids"] == {f"slice:patch_num={n}": [1, 1] for n in (9, 16, 25)}
+    (saep,) = (row for row in report["types"] if row["type"] == "saep:stride=3")
+    assert saep == {"type": "saep:stride=3", "tile": 64, **dict.fromkeys(report["grids"], 65)}
+    for size in ("1920", "0x5", "ax5", "1920x1080x3", "-3x4"):
+        assert "is no size in pixels like 1920x1080" in cli("list", f"--image={size}", status=2, stderr=True)
+
+
 def test_doctor_on_a_healthy_environment():
     out = cli("doctor")
     assert "armed in a fresh interpreter" in out
     assert "1.2.2.post1" in out
-    assert out.count("    patched  ") == 6
+    assert out.count("    patched  ") == len(SEAMS)
     assert "PROBLEM" not in out
     report = json.loads(cli("doctor", "--json"))
     assert report["healthy"] is True
     assert report["versions"]["transformers"] == importlib.metadata.version("transformers")
-    assert [seam["state"] for seam in report["packages"][0]["seams"]] == ["patched"] * 6
+    assert [seam["state"] for seam in report["packages"][0]["seams"]] == ["patched"] * len(SEAMS)
 
 
 def test_doctor_says_when_the_hook_is_switched_off():

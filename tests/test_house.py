@@ -15,9 +15,10 @@ MAY_IMPORT = {
     "seam_names": set(),
     "spec": set(),
     "columns": set(),
+    "slicing": {"spec"},
     "projectors": {"spec"},
     "registry": {"projectors", "spec"},
-    "integration": {"registry", "projectors", "spec", "seam_names", "columns", ""},
+    "integration": {"registry", "projectors", "slicing", "spec", "seam_names", "columns", ""},
     "autoload": {"integration", "seam_names"},
     "tiny": set(),
 }

@@ -86,3 +86,32 @@ def test_bad_input_is_explained(tmp_path, capsys, tiny, image, arguments, messag
     assert main(["show", str(tiny.images / image), *arguments, "--output", str(target)]) == 1
     assert message in capsys.readouterr().err
     assert not target.exists()
+
+
+@pytest.mark.parametrize(("tiles", "expected"), [(9, "2x3 tiles and a thumbnail"), (25, "2x3 tiles and a thumbnail")])
+def test_command_draws_tiles(tmp_path, capsys, tiny, tiles, expected):
+    target = tmp_path / "tiles.png"
+    arguments = ["show", str(tiny.images / "flower.jpg"), "--type", "tokenpacker:scale_factor=4", "--tiles", str(tiles)]
+    assert main([*arguments, "--token", "36", "--token", "251", "--output", str(target)]) == 0
+    assert f"{expected} of 336 px: 7 x 36 visual tokens, 259 with the separators" in capsys.readouterr().out
+    with Image.open(target) as drawn:
+        assert drawn.width > 500
+    assert main([*arguments, "--token", "252", "--output", str(target)]) == 1
+    assert "token 252 does not exist: there are 252, 0 to 251" in capsys.readouterr().err
+
+
+def test_a_tokens_map_lies_in_its_tile(tiny):
+    """Six tokens of average pooling: each map covers its own region, at its own tile's place in the canvas."""
+    from llava_projectors.integration.image_processor import set_slicing
+    from llava_projectors.viz import models, tiles
+
+    get_features, projector, processor = models.random_model("avg_pool:stride=4")
+    set_slicing(processor, 9)
+    picture = Image.new("RGB", (1008, 672), "green")
+    figure, title = tiles.draw_in_tiles(picture, processor, get_features, projector, [0, 4 * 36 + 7, 6 * 36])
+    assert title.startswith("1008x672 in 2x3 tiles")
+    extents = [tuple(axis.images[1].get_extent()) for axis in figure.axes[1:4]]
+    assert extents == [(0, 336, 336, 0), (336, 672, 672, 336), (0, 336, 1008, 672)]
+    (found,) = (axis.images[1].get_array() for axis in figure.axes[2:3])
+    rows, columns = (found.sum(dim).nonzero()[0].tolist() for dim in (1, 0))
+    assert (rows, columns) == ([4, 5, 6, 7], [4, 5, 6, 7])  # token 7 of 6x6 regions of 4x4 patches

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, Callable, Optional, Union
 
 from llava_projectors import seam_names
-from llava_projectors.integration import wrappers
+from llava_projectors.integration import high_resolution, wrappers
 from llava_projectors.integration.gate import Package, is_ours
 
 Owner = Union[ModuleType, type]
@@ -101,6 +101,33 @@ SEAMS = (
         False,
         wrappers.settings_of_model,
         wrappers.load_model,
+        required=False,
+    ),
+    # The three of `image_aspect_ratio slice`. The first is the only place of LLaVA's script that knows
+    # the setting and the tokenizer; the second joins the pictures of a batch, which tiles of other
+    # grids do not survive; the third encodes what the second passes on.
+    Seam(
+        "tokenizer initializer",
+        ("initialize_vision_tokenizer",),
+        True,
+        high_resolution.settings_of_model,
+        high_resolution.initialize_vision_tokenizer,
+        required=False,
+    ),
+    Seam(
+        "inputs preparer",
+        ("prepare_inputs_labels_for_multimodal",),
+        True,
+        high_resolution.settings_of_model,
+        high_resolution.prepare_inputs,
+        required=False,
+    ),
+    Seam(
+        "image encoder",
+        ("encode_images",),
+        True,
+        high_resolution.settings_of_model,
+        high_resolution.encode_images,
         required=False,
     ),
 )

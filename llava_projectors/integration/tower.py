@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
+from llava_projectors.integration.image_processor import set_slicing
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 from llava_projectors.registry import ResolvedSpec
+from llava_projectors.slicing import Slicing, slicing_of
 from llava_projectors.spec import ProjectorSpecError, format_value
 
 # How LLaVA and its forks call the method that gives a model's tower.
@@ -39,6 +41,8 @@ class ReducedTower(nn.Module):
         projector_spec: the projector that reads the features.
         projector_layers: indices of the hidden states to return, or () for the tower's own features.
         patch_side: side of the patch grid before the projector; None until it is known.
+        slicing: how pictures are cut into tiles, or None where they are not.
+        warned_of_length: whether a warning was given that a picture is too long.
         tower_class: LLaVA's class.
     """
 
@@ -46,6 +50,22 @@ class ReducedTower(nn.Module):
     projector_spec: ResolvedSpec
     projector_layers: tuple[int, ...]
     patch_side: Optional[int]
+    slicing: Optional[Slicing] = None
+    warned_of_length: bool = False
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """LLaVA's own, which makes the image processor."""
+        tower_class: Any = self.tower_class
+        tower_class.load_model(self, *args, **kwargs)
+        if self.slicing is not None:
+            self.set_slicing(self.slicing)
+
+    def set_slicing(self, slicing: Optional[Slicing]) -> None:
+        """Make the image processor, now or once it is loaded, cut pictures into tiles, or stop it."""
+        self.slicing = slicing
+        tower: Any = self
+        if tower.is_loaded:
+            set_slicing(tower.image_processor, None if slicing is None else slicing.patch_num)
 
     @property
     def num_patches_per_side(self) -> int:
@@ -58,8 +78,9 @@ class ReducedTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Visual tokens of one image: LLaVA's server budgets the context by it."""
-        return self.num_patches_per_side**2
+        """Visual tokens of one image, the most where it is cut into tiles: LLaVA's server budgets the context by it."""
+        tokens = self.num_patches_per_side**2
+        return tokens if self.slicing is None else self.slicing.most_tokens(tokens)
 
     def see_grid(self, num_positions: int) -> int:
         """Take the grid from the number of positions that the vision model returned.
@@ -274,6 +295,9 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower.projector_spec = resolved
     tower.projector_layers = layers
     tower.patch_side = side
+    slicing = slicing_of(cfg)
+    if slicing is not None:
+        tower.set_slicing(slicing)
 
 
 def see_real_grid(tower: Any) -> None:

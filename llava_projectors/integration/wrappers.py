@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
-import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Callable, Optional
@@ -20,15 +18,14 @@ import torch
 from torch import nn
 
 from llava_projectors import registry
-from llava_projectors.integration import record, weights
+from llava_projectors.integration import high_resolution, record, weights
 from llava_projectors.integration.gate import Package, is_our_type
+from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import ReducedTower, convert_tower, find_tower, see_real_grid
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError
 
 Function = Callable[..., Any]
-
-logger = logging.getLogger("llava_projectors")
 
 
 def build_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
@@ -132,6 +129,7 @@ def load_model(original: Function, package: Package, model_path: Any, *args: Any
     for value in loaded:
         if isinstance(value, nn.Module):
             weights.check_complete(value, str(model_path))
+            high_resolution.complete(value, tokenizer=loaded[0])
     return loaded
 
 
@@ -234,16 +232,3 @@ def check_tokens(resolved: registry.ResolvedSpec, projector: Projector, side: in
             f"projector type {resolved.type_string!r} breaks its contract on a grid of {side}x{side} patches: its "
             f"output_side promises visual tokens [images, tokens, channels] {promised}, its forward returns {found}"
         )
-
-
-def log(message: str) -> None:
-    """One line on stderr, from the first process of a distributed run only."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("llava_projectors: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    logger.info(message)

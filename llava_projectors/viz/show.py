@@ -10,9 +10,11 @@ from typing import Optional
 import torch
 from PIL import Image
 
+from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
 from llava_projectors.viz.draw import draw
 from llava_projectors.viz.maps import token_maps
 from llava_projectors.viz.models import random_model, trained_model
+from llava_projectors.viz.tiles import draw_in_tiles
 
 
 def show(
@@ -22,8 +24,12 @@ def show(
     path: Optional[str],
     base: Optional[str],
     tokens: Sequence[int],
+    patch_num: Optional[int] = None,
 ) -> str:
     """Draw the maps of some tokens over the picture; returns what was drawn, in a line.
+
+    With `patch_num`, or a checkpoint that was trained so, the picture is cut into tiles, else cropped to its
+    central square.
 
     Raises:
         ValueError: a token that does not exist, or a checkpoint without a projector of ours.
@@ -37,6 +43,13 @@ def show(
     else:
         get_features, projector, processor = trained_model(path, base)
         source = path
+    if patch_num is not None:
+        set_slicing(processor, patch_num)
+    kind = "attention" if hasattr(projector, "region_weights") else "receptive field by gradient"
+    if isinstance(processor, SlicingProcessor):
+        figure, title = draw_in_tiles(picture, processor, get_features, projector, tokens)
+        figure.savefig(target, dpi=100)
+        return f"{type_string or projector.name}: {title}; {kind}; {source}"
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
     square = picture.crop((left, top, left + edge, top + edge)).resize((336, 336))
@@ -46,7 +59,6 @@ def show(
         count = projector(features).shape[1]
     chosen = list(tokens) or spread(count)
     maps = token_maps(projector, features, chosen)
-    kind = "attention" if hasattr(projector, "region_weights") else "receptive field by gradient"
     title = f"{type_string or projector.name}: {features.shape[1]} patches -> {count} visual tokens; {kind}; {source}"
     draw(square, maps.cpu(), chosen, count, title).savefig(target, dpi=100)
     return title

@@ -1,0 +1,229 @@
+"""`--image_aspect_ratio slice` in LLaVA: pictures cut into tiles, encoded in chunks, laid out with separators.
+
+The image processor cuts (`image_processor.py`); LLaVA carries each picture as one canvas. Where LLaVA
+would join the pictures of a batch, `CanvasBatch` takes their place, which LLaVA hands on untouched to
+`encode_images`; that returns one tensor a picture, of its own length, as LLaVA's own high resolution does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, ClassVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from llava_projectors import slicing
+from llava_projectors.integration.gate import Package
+from llava_projectors.integration.image_processor import tile_side
+from llava_projectors.integration.log import log, logger
+from llava_projectors.integration.tower import ReducedTower, find_tower
+from llava_projectors.spec import ProjectorSpecError
+
+Function = Callable[..., Any]
+
+# Where LLaVA's config keeps the ids of "," and "\n".
+SEPARATORS = "slice_separator_ids"
+
+
+@dataclass
+class CanvasBatch:
+    """The pictures of a batch on their way through `prepare_inputs_labels_for_multimodal`.
+
+    Attributes:
+        places: for each `<image>` of the batch its canvases [3, H, W], one as a rule.
+        ndim: what LLaVA asks of a batch of plain pictures.
+    """
+
+    places: list[list[torch.Tensor]]
+    ndim: ClassVar[int] = 4
+
+
+def complete(model: Any, tokenizer: Any) -> None:
+    """Make the image processor of a model's tower follow its config, and complete the config.
+
+    Called when LLaVA's script or loader has set up everything; the setting may have changed since the
+    checkpoint was written. The config then reads as published ones do, with what they leave to the tokenizer.
+
+    Args:
+        model: LLaVA's model; without a projector of ours, nothing happens.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ProjectorSpecError: a bad setting, or one that something else in the model rules out.
+    """
+    tower = find_tower(model)
+    if not isinstance(tower, ReducedTower):
+        return
+    config = model.config
+    wanted = slicing.slicing_of(config)
+    if wanted is None and tower.slicing is None:
+        return
+    tower.set_slicing(wanted)
+    if wanted is None:
+        return
+    refuse_unsupported(model)
+    config.image_aspect_ratio = slicing.NAME
+    for option, attribute in slicing.CONFIG_OPTIONS.items():
+        setattr(config, attribute, getattr(wanted, option))
+    if getattr(config, SEPARATORS, None) is None:
+        setattr(config, SEPARATORS, separator_ids(tokenizer))
+    tokens = tower.num_patches_per_side**2
+    log(
+        f"{slicing.NAME}: a picture is cut into 1 to {wanted.patch_num} tiles and, beside more than one, a thumbnail: "
+        f"{tokens + 1} to {wanted.most_tokens(tokens)} visual tokens with the separators"
+    )
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raise for a model whose pictures could not be laid out in tiles."""
+    merge_type = getattr(model.config, "mm_patch_merge_type", "flat")
+    if merge_type != "flat":
+        raise ProjectorSpecError(
+            f"image_aspect_ratio {slicing.NAME!r} lays out the tiles itself: "
+            f"--mm_patch_merge_type {merge_type} must be flat"
+        )
+    for name in ("prepare_inputs_labels_for_multimodal", "encode_images"):
+        if not hasattr(getattr(type(model), name, None), "__wrapped__"):
+            raise ProjectorSpecError(
+                f"image_aspect_ratio {slicing.NAME!r} cannot be used with {type(model).__name__}: its {name} is not "
+                "patched, so it would not know of tiles; pass --image_aspect_ratio pad"
+            )
+
+
+def separator_ids(tokenizer: Any) -> list[int]:
+    """Ids of "," and "\\n" as the published code takes them.
+
+    It looks the strings up in the vocabulary: with Llama's tokenizer, which has no "\\n", the second
+    is the unknown token, and the released models were trained so. A tokenizer without an unknown
+    token gives none; there, our choice, it is the last token of the string as text.
+    """
+    ids = []
+    for text in (",", "\n"):
+        found = tokenizer.convert_tokens_to_ids(text)
+        ids.append(tokenizer(text, add_special_tokens=False).input_ids[-1] if found is None else found)
+    return ids
+
+
+def to_canvas_batch(images: Any) -> CanvasBatch:
+    """What LLaVA calls `images` -> one list of canvases a place.
+
+    Args:
+        images: [B, 3, H, W], [B, n, 3, H, W], or a list of [3, H, W] and [n, 3, H, W]; n pictures of
+            one place come one after the other, as LLaVA joins them.
+    """
+    return CanvasBatch([[image] if image.ndim == 3 else list(image) for image in images])
+
+
+def encode(model: Any, batch: CanvasBatch) -> list[torch.Tensor]:
+    """The input embeddings of each place: tokens of each tile, followed by a separator.
+
+    Returns:
+        for each place [positions, D].
+    """
+    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    side = tile_side(tower.image_processor)
+    canvases = [canvas for place in batch.places for canvas in place]
+    found = [slicing.canvas_grid(canvas, side) for canvas in canvases]
+    tiles = [tile for canvas in canvases for tile in slicing.to_tiles(canvas, side)]
+    tokens = encode_tiles(tower, projector, tiles, tower.slicing.chunk_size)
+    warn_of_length(model, found, tokens.shape[1])
+
+    comma, newline = separators_of(model.config)
+    ids = [newline if ends else comma for grid in found for ends in slicing.ends_line(grid)]
+    separators = model.get_model().embed_tokens(torch.tensor(ids, device=tokens.device)).to(tokens.device)
+    sequence = torch.cat([tokens, separators[:, None]], dim=1)
+    counts = iter(map(slicing.tile_count, found))
+    lengths = [sum(next(counts) for _ in place) for place in batch.places]
+    return [tiles_of_place.flatten(0, 1) for tiles_of_place in sequence.split(lengths)]
+
+
+def encode_tiles(tower: Any, projector: Any, tiles: list[torch.Tensor], chunk_size: int) -> torch.Tensor:
+    """Tower and projector, at most `chunk_size` tiles at a time: tiles [3, side, side] -> [tiles, M, D].
+
+    With several chunks, what the projector computes on the way is made again in the backward pass
+    instead of kept; the tower's features are kept. ZeRO-3 takes all tiles at once: it gathers weights
+    in every forward on all ranks together, and their numbers of chunks would differ.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
+        chunk_size = len(tiles)
+    chunks = [tiles[start : start + chunk_size] for start in range(0, len(tiles), chunk_size)]
+    if len(chunks) == 1:
+        return projector(tower(torch.stack(chunks[0])))
+    encoded = []
+    for chunk in chunks:
+        features = tower(torch.stack(chunk))
+        keeps_graph = torch.is_grad_enabled()
+        encoded.append(checkpoint(projector, features, use_reentrant=False) if keeps_graph else projector(features))
+    return torch.cat(encoded)
+
+
+def separators_of(config: Any) -> Sequence[int]:
+    """Ids of "," and "\\n" in a config.
+
+    Raises:
+        ProjectorSpecError: neither LLaVA's loader nor its script has completed it.
+    """
+    ids = getattr(config, SEPARATORS, None)
+    if ids is None:
+        raise ProjectorSpecError(
+            f"the config has image_aspect_ratio {slicing.NAME!r} but no {SEPARATORS}: load the checkpoint with LLaVA's "
+            f"load_pretrained_model, which asks the tokenizer, or set model.config.{SEPARATORS} to the ids of ',' and "
+            "the newline (29892 and 0 in the released models)"
+        )
+    return ids
+
+
+def warn_of_length(model: Any, found: Sequence[slicing.Grid], tokens_of_tile: int) -> None:
+    """Once a model, say when a picture alone is longer than what LLaVA keeps of a sequence."""
+    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    longest = max(found, key=slicing.tile_count)
+    length, tower = slicing.visual_tokens(longest, tokens_of_tile), model.get_vision_tower()
+    if limit is None or length <= limit or tower.warned_of_length:
+        return
+    tower.warned_of_length = True
+    logger().warning(
+        f"WARNING: a picture of {longest[0]}x{longest[1]} tiles takes {length} visual tokens, but model_max_length is "
+        f"{limit}: LLaVA cuts off the end of the picture and all text after it. Train with --model_max_length of more "
+        f"than {tower.slicing.most_tokens(tokens_of_tile)} plus the text, with fewer tiles, or with a "
+        "projector that gives fewer tokens"
+    )
+
+
+# What runs in the place of LLaVA's methods; see `wrappers.py`
+
+
+def settings_of_model(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The config of the model whose method is called."""
+    return (next(iter(arguments.values())).config,)
+
+
+def initialize_vision_tokenizer(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """For `initialize_vision_tokenizer(self, model_args, tokenizer)`, the last thing that LLaVA's script sets up.
+
+    Before it, the script has put its `image_aspect_ratio` into the config; no earlier seam knows it.
+    """
+    result = original(model, *args, **kwargs)
+    arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    complete(model, arguments["tokenizer"])
+    return result
+
+
+def prepare_inputs(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """For `prepare_inputs_labels_for_multimodal(self, ..., images, ...)`, where LLaVA joins the pictures of a batch."""
+    tower = find_tower(model)
+    if not isinstance(tower, ReducedTower) or tower.slicing is None:
+        return original(model, *args, **kwargs)
+    bound = inspect.signature(original).bind(model, *args, **kwargs)
+    if bound.arguments.get("images") is not None:
+        bound.arguments["images"] = to_canvas_batch(bound.arguments["images"])
+    return original(*bound.args, **bound.kwargs)
+
+
+def encode_images(original: Function, package: Package, model: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    """For `encode_images(self, images)`; only `prepare_inputs` makes a `CanvasBatch`."""
+    if isinstance(images, CanvasBatch):
+        return encode(model, images)
+    return original(model, images, *args, **kwargs)
