@@ -1,12 +1,15 @@
 """A checkpoint in the format of the released TokenPacker models loads with stock LLaVA and this plugin."""
 
+import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_projectors import GOLDEN, naive_tokenpacker, published_weights, relative_error
+from test_slice_model import picture, reference_tiles
 
 from llava_projectors.tiny import assets
 
@@ -89,3 +92,48 @@ def test_llavas_loader_takes_it(released):
     published = published_weights()
     assert loaded.keys() == published.keys()
     assert all(torch.equal(value, published[name].half()) for name, value in loaded.items())
+
+
+@pytest.fixture
+def released_hd(released, tmp_path):
+    """The high-resolution format: two more settings, `patch_num` as text, nothing about separators."""
+    checkpoint, scale_factor = released
+    folder = tmp_path / "llava-tokenpacker-hd"
+    shutil.copytree(checkpoint, folder, copy_function=lambda source, target: Path(target).symlink_to(source))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.update({"image_aspect_ratio": "slice", "patch_num": "16"})
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, scale_factor
+
+
+@pytest.mark.parametrize("released", [3], indirect=True)
+def test_high_resolution_gives_the_references_logits(released_hd):
+    """From a picture to logits, through tiles cut here and an independent projector, one tile at a time."""
+    from llava.mm_utils import process_images
+    from llava.model.builder import load_pretrained_model
+
+    checkpoint, scale_factor = released_hd
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(checkpoint), None, "llava", device="cpu", device_map="cpu"
+    )
+    model.float()
+    tower, projector = model.get_vision_tower().float(), model.get_model().mm_projector
+    image = picture((1, 2))
+    images = process_images([image], processor, model.config)
+    assert images.shape == (1, 3, 672, 672)
+    comma = tokenizer.convert_tokens_to_ids(",")
+    ids = torch.tensor([[1, 5, -200, 6, 7]])
+    with torch.no_grad():
+        features = tower(reference_tiles(image, 336))
+        visual = naive_tokenpacker(copy.deepcopy(projector).double(), features.double()).float()
+        embed = model.get_model().embed_tokens.weight
+        newline = embed[0]  # the unknown token's, as the released models were trained
+        sequence = torch.cat([
+            embed[[1, 5]], visual[0], embed[comma][None], visual[1], newline[None], visual[2], newline[None],
+            embed[[6, 7]],
+        ])  # fmt: skip
+        expected = model(input_ids=None, inputs_embeds=sequence[None]).logits
+        logits = model(input_ids=ids, images=images).logits
+    assert logits.shape[1] == 4 + 3 * ((24 // scale_factor) ** 2 + 1)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
