@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import measure
+from benchmarks import high_resolution, measure
 from benchmarks.speed import flops, models, report, suites
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, Subject, subjects
@@ -188,3 +188,15 @@ def test_an_unknown_device_is_explained(tmp_path, capsys):
     assert main(["--quick", "--device", "gpu", "--csv", str(tmp_path / "x.csv")]) == 1
     assert "'gpu'" in capsys.readouterr().err
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_high_resolution_writes_its_csv(tmp_path, monkeypatch):
+    """Values of the same tiles with and without chunks, in the quick plan; a chunk never holds more than all do."""
+    path = tmp_path / "high_resolution.csv"
+    monkeypatch.setattr("sys.argv", ["high_resolution", "--quick", "--csv", str(path)])
+    high_resolution.main()
+    rows = {(row["type"], row["measure"], row["tiles"], row["chunk_size"]): row for row in csv.DictReader(path.open())}
+    assert len(rows) == 2 * 2 * 3
+    for projector_type in high_resolution.TYPES:
+        whole, chunked = (rows[projector_type, "forward", "8", size] for size in ("8", "4"))
+        assert float(chunked["peak_mib"]) < 0.8 * float(whole["peak_mib"])

@@ -1,0 +1,88 @@
+"""Peak memory of a picture's tiles with and without chunks, and time against the number of tiles.
+
+Tower and projector as `--image_aspect_ratio slice` runs them, forward alone and with backward, with random
+weights: a CLIP of 8 layers and 256 channels at 336 px, D = 1024. Writes one row a measurement to a CSV
+and prints it.
+
+    python -m benchmarks.high_resolution [--csv benchmarks/results/high_resolution.csv] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.speed import models
+from benchmarks.table import write_rows
+from llava_projectors import registry
+from llava_projectors.columns import print_columns
+from llava_projectors.integration.high_resolution import encode_tiles
+from llava_projectors.slicing import Slicing
+
+TYPES = ("saep", "tokenpacker")
+TOWER = models.TowerShape(width=256, intermediate=1024, layers=8)
+HIDDEN_SIZE = 1024
+CHUNK = Slicing().chunk_size
+
+
+def measurements(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
+    """One row for each type, pass, number of tiles and chunk size."""
+    chunk, counts, rounds = (4, (1, 8), 1) if quick else (CHUNK, (1, 10, 26, 64, 104), 2)
+    vision_model = models.make_vision_model(TOWER, device, torch.float32)
+    for projector_type in TYPES:
+        tower = models.make_tower(projector_type, vision_model)
+        projector = registry.build_projector(projector_type, TOWER.width, HIDDEN_SIZE).to(device)
+        for tiles in counts:
+            pictures = list(torch.randn(tiles, 3, models.IMAGE_SIZE, models.IMAGE_SIZE, device=device))
+            sizes = {chunk, tiles} if tiles > chunk else {tiles}
+
+            def forward(size: int, pictures: Any = pictures, tower: Any = tower, projector: Any = projector) -> None:
+                with torch.inference_mode():
+                    encode_tiles(tower, projector, pictures, size)
+
+            def backward(size: int, pictures: Any = pictures, tower: Any = tower, projector: Any = projector) -> None:
+                projector.zero_grad()
+                encode_tiles(tower, projector, pictures, size).sum().backward()
+
+            for name, function in (("forward", forward), ("forward+backward", backward)):
+                functions = {str(size): lambda size=size, f=function: f(size) for size in sizes}
+                seconds = measure.interleave(functions, device, 0.0, min_rounds=rounds, max_rounds=rounds)
+                for size in sorted(sizes):
+                    yield {
+                        "type": projector_type,
+                        "measure": name,
+                        "tiles": tiles,
+                        "chunk_size": size,
+                        "median_s": round(statistics.median(seconds[str(size)]), 4),
+                        "s_a_tile": round(statistics.median(seconds[str(size)]) / tiles, 4),
+                        "peak_mib": round(measure.peak_bytes(functions[str(size)], device) / 2**20, 1),
+                        "rounds": rounds,
+                        "layers": TOWER.layers,
+                        "channels": TOWER.width,
+                        **measure.machine(device),
+                    }
+
+
+def main() -> None:
+    """Measure, write after every row, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "high_resolution.csv")
+    parser.add_argument("--quick", action="store_true", help="few tiles, under a minute")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = []
+    for row in measurements(device, arguments.quick):
+        rows.append(row)
+        write_rows(arguments.csv, rows)
+    columns = ("type", "measure", "tiles", "chunk_size", "median_s", "s_a_tile", "peak_mib")
+    print_columns([columns, *(tuple(str(row[name]) for name in columns) for row in rows)])
+
+
+if __name__ == "__main__":
+    main()
