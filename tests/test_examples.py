@@ -35,5 +35,5 @@ def test_committed_outputs(path):
     assert "/work/" not in text
 
 
-def test_there_are_four():
-    assert [path.stem[0] for path in NOTEBOOKS] == list("1234")
+def test_there_are_five():
+    assert [path.stem[0] for path in NOTEBOOKS] == list("12345")
