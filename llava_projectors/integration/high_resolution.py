@@ -123,7 +123,7 @@ def encode(model: Any, batch: CanvasBatch) -> list[torch.Tensor]:
     Returns:
         for each place [positions, D].
     """
-    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    tower, projector = find_tower(model), model.get_model().mm_projector
     side = tile_side(tower.image_processor)
     canvases = [canvas for place in batch.places for canvas in place]
     found = [slicing.canvas_grid(canvas, side) for canvas in canvases]
@@ -180,7 +180,7 @@ def warn_of_length(model: Any, found: Sequence[slicing.Grid], tokens_of_tile: in
     """Once a model, say when a picture alone is longer than what LLaVA keeps of a sequence."""
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     longest = max(found, key=slicing.tile_count)
-    length, tower = slicing.visual_tokens(longest, tokens_of_tile), model.get_vision_tower()
+    length, tower = slicing.visual_tokens(longest, tokens_of_tile), find_tower(model)
     if limit is None or length <= limit or tower.warned_of_length:
         return
     tower.warned_of_length = True
