@@ -1,7 +1,7 @@
 """Peak memory of a picture's tiles with and without chunks, and time against the number of tiles.
 
 Tower and projector as `--image_aspect_ratio slice` runs them, forward alone and with backward, with random
-weights: a CLIP of 8 layers and 256 channels at 336 px, D = 1024. Writes one row a measurement to a CSV
+weights: a CLIP of 8 layers and 128 channels at 336 px, D = 1024. Writes one row a measurement to a CSV
 and prints it.
 
     python -m benchmarks.high_resolution [--csv benchmarks/results/high_resolution.csv] [--quick]
@@ -26,14 +26,14 @@ from llava_projectors.integration.high_resolution import encode_tiles
 from llava_projectors.slicing import Slicing
 
 TYPES = ("saep", "tokenpacker")
-TOWER = models.TowerShape(width=256, intermediate=1024, layers=8)
+TOWER = models.TowerShape(width=128, intermediate=512, layers=8)
 HIDDEN_SIZE = 1024
 CHUNK = Slicing().chunk_size
 
 
 def measurements(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
     """One row for each type, pass, number of tiles and chunk size."""
-    chunk, counts, rounds = (4, (1, 8), 1) if quick else (CHUNK, (1, 10, 26, 64, 104), 2)
+    chunk, counts, rounds = (4, (1, 8), 1) if quick else (CHUNK, (1, 10, 26, 64), 2)
     vision_model = models.make_vision_model(TOWER, device, torch.float32)
     for projector_type in TYPES:
         tower = models.make_tower(projector_type, vision_model)
