@@ -202,6 +202,15 @@ def _agree(given: Any, kept: Any) -> bool:
     return given == kept or (isinstance(given, tuple) and min(given) < 0)
 
 
+def projector_class(type_string: str) -> type[Projector]:
+    """The class that a type string names.
+
+    Raises:
+        ProjectorSpecError: unknown name, option or value.
+    """
+    return resolve(type_string).cls
+
+
 def build_projector(type_string: str, mm_hidden_size: int = 1024, hidden_size: int = 4096) -> Projector:
     """A projector with fresh weights; LLaVA need not be installed.
 

@@ -53,10 +53,11 @@ def make_vision_tower(
     return path
 
 
-def make_llm(path: Path, hidden_size: int = 80, num_layers: int = 2) -> Path:
+def make_llm(path: Path, hidden_size: int = 80, num_layers: int = 2, head_width: int = 40) -> Path:
     """Write a Llama checkpoint with random weights and a tokenizer that covers all of ASCII.
 
-    `hidden_size` is a multiple of 40, the width of a head.
+    `hidden_size` is a multiple of `head_width`. vLLM takes heads of 32, ZeRO a hidden size whose
+    square is a multiple of 10.
     """
     torch.manual_seed(1)
     tokenizer = _make_tokenizer(path)
@@ -65,7 +66,7 @@ def make_llm(path: Path, hidden_size: int = 80, num_layers: int = 2) -> Path:
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 40,
+        num_attention_heads=hidden_size // head_width,
         max_position_embeddings=2048,
         pad_token_id=tokenizer.unk_token_id,
     )
@@ -91,6 +92,7 @@ def _make_tokenizer(path: Path) -> LlamaTokenizer:
         character_coverage=1.0,
         byte_fallback=True,
         normalization_rule_name="identity",
+        remove_extra_whitespaces=False,  # as in Llama's own model
         minloglevel=2,
     )
     vocabulary = path / "tokenizer.model"

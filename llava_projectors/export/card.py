@@ -1,0 +1,100 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, llava-projectors]
+---
+
+# {name}
+
+LLaVA with the projector `{type_string}` of [llava-projectors](https://pypi.org/project/llava-projectors/): \
+{tokens} visual tokens a picture instead of {patches}.
+
+| | |
+|---|---|
+| made from | `{source}`{base} |
+| projector | `{type_string}`, options {options} |
+| hidden states of the vision tower | {layers} of {depth} |
+| LLM | {llm}, width {width} |
+| conversation | `{conversation}` (`chat_template.jinja`) |
+| dtype | {dtype} |
+| exported with | llava-projectors {version} |
+| licence | that of the LLM and the training data, which this export does not know: ask where `{origin}` came from. \
+The code in this folder is under the MIT licence |
+
+## Use
+
+transformers 4.57 or newer{needs}:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code={trust})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+vLLM; the second template adds the start token, which vLLM leaves out of chats:
+
+```bash
+vllm serve {name} {flag}--chat-template {name}/chat_template_vllm.jinja
+```
+{travels}"""
+
+TRAVELS_NOT = """
+The code of this projector does not travel: {reason}. Install llava-projectors and the package that \
+registers `{type_string}` wherever this folder is loaded.
+"""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    source: str,
+    base: Optional[str],
+    name: str,
+    conversation: str,
+    travels_not: Optional[str],
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+        config: the exported config.
+        source: the checkpoint, as the user gave it.
+        base: its base, likewise.
+        name: of the folder.
+        conversation: the template's name.
+        travels_not: why the projector's code is not in the folder, or None.
+    """
+    vision, text = config["vision_config"], config["text_config"]
+    options = {key: value for key, value in config["mm_projector_options"].items() if value is not None}
+    return CARD.format(
+        name=name,
+        type_string=config["mm_projector_type"],
+        tokens=config["image_seq_length"],
+        patches=(vision["image_size"] // vision["patch_size"]) ** 2,
+        source=source,
+        base=f" on `{base}`" if base else "",
+        origin=base or source,
+        options=", ".join(f"`{key}={value}`" for key, value in options.items()),
+        layers=", ".join(map(str, config["vision_feature_layer"])),
+        depth=vision["num_hidden_layers"],
+        llm=text["architectures"][0],
+        width=text["hidden_size"],
+        conversation=conversation,
+        dtype=config["torch_dtype"],
+        version=config["llava_projectors_version"],
+        needs=" (or any environment with llava-projectors, without `trust_remote_code`)" if not travels_not else "",
+        trust=not travels_not,
+        flag="" if travels_not else "--trust-remote-code ",
+        travels=TRAVELS_NOT.format(reason=travels_not, type_string=config["mm_projector_type"]) if travels_not else "",
+    )

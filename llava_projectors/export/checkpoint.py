@@ -1,0 +1,157 @@
+"""LLaVA's checkpoints on disk: full, projector + base, LoRA + base; which tensor is where, under one set of names.
+
+Nothing is loaded: a `Weight` knows its shape and reads itself, LoRA merged, when it is asked to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from llava_projectors.export.errors import ExportError
+from llava_projectors.export.tensors import StoredTensor, checkpoint_tensors, stored_tensors
+
+# Buffers that old versions of transformers saved.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|^model\.image_newline$")
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """What LoRA adds to a weight: `scale * up @ down`."""
+
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a checkpoint, not read yet."""
+
+    stored: StoredTensor
+    delta: Optional[LoraDelta] = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.stored.shape
+
+    def read(self) -> torch.Tensor:
+        """The weight; with LoRA merged in float32, and then in float32."""
+        tensor = self.stored.read()
+        if self.delta is None:
+            return tensor
+        product = self.delta.up.read().float() @ self.delta.down.read().float()
+        return tensor.float().add_(product, alpha=self.delta.scale)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LLaVA checkpoint.
+
+    Attributes:
+        source: its folder.
+        config: of its `config.json`.
+        weights: name -> weight, named as in a full LLaVA checkpoint.
+        tokenizer: the folder that LLaVA's loader takes the tokenizer from.
+    """
+
+    source: Path
+    config: dict[str, Any]
+    weights: Mapping[str, Weight]
+    tokenizer: Path
+
+
+def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
+    """Find out what kind of checkpoint `source` is, and where its weights are.
+
+    Args:
+        source: a full checkpoint, or a folder with `mm_projector.bin` or a LoRA adapter.
+        base: the LLM, or full LLaVA checkpoint, that the last two kinds were trained on.
+
+    Raises:
+        ExportError: a file is missing or cut off, the base is missing or one too many.
+    """
+    config = read_config(source)
+    adapters = [name for name in ("mm_projector.bin", "adapter_config.json") if (source / name).is_file()]
+    has_own = any(source.glob("model*.safetensors*")) or any(source.glob("pytorch_model*.bin*"))
+    if has_own and base is not None:
+        raise ExportError(f"{source} is a full checkpoint: leave --model-base {base} out")
+    if not has_own and base is None and adapters:
+        raise ExportError(
+            f"{source} holds {adapters[0]} and no LLM: pass --model-base with the model that it was trained on"
+        )
+    tensors = dict(checkpoint_tensors(source if base is None else base))
+    deltas: dict[str, LoraDelta] = {}
+    if base is not None:
+        if "adapter_config.json" in adapters:
+            tensors.update(_plain_names(stored_tensors(source / "non_lora_trainables.bin")))
+            deltas = _lora_deltas(source, tensors)
+        elif "mm_projector.bin" in adapters:
+            tensors.update(_plain_names(stored_tensors(source / "mm_projector.bin")))
+        else:
+            raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
+    weights = {name: Weight(stored, deltas.get(name)) for name, stored in tensors.items() if not IGNORED.search(name)}
+    return Checkpoint(source, config, weights, source if base is None else base)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder.
+
+    Raises:
+        ExportError: there is none, or it is no JSON.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{folder} is no checkpoint: it has no config.json") from None
+    except ValueError as error:
+        raise ExportError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return config
+
+
+def _plain_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Without the prefixes that peft puts before names; as LLaVA's loader does it."""
+    plain = {name[11:] if name.startswith("base_model.") else name: stored for name, stored in tensors.items()}
+    if any(name.startswith("model.model.") for name in plain):
+        plain = {name[6:] if name.startswith("model.") else name: stored for name, stored in plain.items()}
+    return plain
+
+
+def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, LoraDelta]:
+    """Weight name -> what the adapter adds to it.
+
+    Raises:
+        ExportError: a kind of adapter that would be merged in another way.
+    """
+    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    strange = [
+        f"{name}={settings[name]}"
+        for name in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+        if settings.get(name)
+    ]
+    if settings.get("peft_type") != "LORA" or strange:
+        raise ExportError(
+            f"{source / 'adapter_config.json'} asks for {', '.join(strange) or settings.get('peft_type')}, which "
+            "LLaVA's scripts do not train; merge it with peft and export the merged checkpoint"
+        )
+    name = next((n for n in ("adapter_model.safetensors", "adapter_model.bin") if (source / n).is_file()), None)
+    if name is None:
+        raise ExportError(f"{source} has adapter_config.json and no adapter_model.bin: copy it whole")
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in stored_tensors(source / name).items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
+        if found is None:
+            raise ExportError(f"{source / name} holds {key!r}, which is no LoRA weight")
+        parts.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
+    scale = settings["lora_alpha"] / settings["r"]
+    for weight, pair in parts.items():
+        if weight not in tensors or pair.keys() != {"A", "B"}:
+            raise ExportError(f"{source / name} does not fit its base: {weight} has no match for {', '.join(pair)}")
+    return {weight: LoraDelta(pair["A"], pair["B"], scale) for weight, pair in parts.items()}

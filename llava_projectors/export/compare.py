@@ -1,0 +1,61 @@
+"""Compare an exported folder with what LLaVA said: `python compare.py FOLDER REFERENCE`, where transformers is current.
+
+The reference is a file of `llava_projectors.export.verify`. This file imports nothing of the
+package, because the environment that it runs in need not have it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+
+def load(folder: str, trust_remote_code: bool = True) -> tuple[Any, Any]:
+    """Model, in float32, and processor of a folder."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, dtype=torch.float32, local_files_only=True
+    )
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+
+
+def inputs_of(processor: Any, case: dict[str, Any]) -> Any:
+    """The processor's output for one case of the reference."""
+    return processor(images=case["images"], text=case["prompt"], return_tensors="pt")
+
+
+@torch.no_grad()
+def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Logits, pixels, token ids and the answer against one case of the reference."""
+    inputs = inputs_of(processor, case)
+    logits = model(**inputs).logits[0, :, : case["logits"].shape[-1]]
+    same_length = logits.shape == case["logits"].shape
+    difference = float((logits - case["logits"]).abs().max() / case["logits"].abs().max()) if same_length else 1.0
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=case["max_new_tokens"])
+    text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    image_id = model.config.image_token_id
+    ids = [token for token in inputs["input_ids"][0].tolist() if token != image_id]
+    return {
+        "logits": difference,
+        "same_argmax": same_length and bool((logits.argmax(-1) == case["logits"].argmax(-1)).all()),
+        "pixels": float((inputs["pixel_values"] - case["pixel_values"]).abs().max()),
+        "same_ids": ids == [token for token in case["input_ids"] if token >= 0],
+        "same_text": text.strip() == case["text"],
+        "text": text.strip(),
+    }
+
+
+def main(folder: str, reference: str) -> int:
+    """Print one JSON object for each case."""
+    model, processor = load(folder)
+    for case in torch.load(reference, weights_only=False)["cases"]:
+        print(json.dumps(compare(model, processor, case)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

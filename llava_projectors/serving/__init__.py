@@ -1,0 +1,1 @@
+"""What loads a folder of `llava-projectors export`: classes for current transformers, a plugin for vLLM."""

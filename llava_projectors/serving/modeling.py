@@ -1,0 +1,84 @@
+"""LLaVA in current transformers, with a projector of ours in place of the stock one.
+
+An exported folder carries this file and the projector's own, with their imports rewritten (see
+`llava_projectors.serving.travel`), so it loads where this package is not installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModel
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+
+from llava_projectors.registry import projector_class
+from llava_projectors.serving.travel import write_code
+
+
+def build_projector(config: Any) -> nn.Module:
+    """The projector that an exported config describes, with fresh weights.
+
+    Args:
+        config: with `mm_projector_type`, `mm_projector_options`, `vision_config` and `text_config`.
+    """
+    options = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.mm_projector_options.items()
+    }
+    cls = projector_class(config.mm_projector_type)
+    return cls(config.vision_config.hidden_size, config.text_config.hidden_size, **options)
+
+
+class WholeCheckpoint:
+    """Mixed in before a class of transformers: loads all weights or none, and saves the code beside them."""
+
+    _checkpoint_conversion_mapping: dict[str, str] = {}  # noqa: RUF012  names are saved as they are
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that the folder lacks are an error: transformers would draw them at random.
+
+        Raises:
+            ValueError: weights are missing or of another shape; names them.
+        """
+        loader: Any = super()
+        model, info = loader.from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        lost = sorted({*info["missing_keys"], *mismatched})
+        if lost:
+            shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+            raise ValueError(
+                f"{source} is not whole, these weights would be random: {shown}. "
+                "Run `llava-projectors export` on the LLaVA checkpoint anew"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the folder carries the projector's code again."""
+        saver: Any = super()
+        result = saver.save_pretrained(save_directory, *args, **kwargs)
+        write_code(self.config.mm_projector_type, Path(save_directory))
+        return result
+
+
+class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
+    """Vision tower, projector and LLM without its head."""
+
+    def __init__(self, config: Any) -> None:
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build the stock projector
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+
+class LlavaProjectorsForConditionalGeneration(WholeCheckpoint, LlavaForConditionalGeneration):  # type: ignore[misc]
+    """The whole model."""
+
+    def __init__(self, config: Any) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaProjectorsModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
