@@ -82,6 +82,33 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     show.add_argument("--output", type=Path, default=Path("tokens.png"), help="picture to write (%(default)s)")
     show.set_defaults(run=run_show)
 
+    export = commands.add_parser(
+        "export",
+        help="write a trained checkpoint as a folder for current transformers and vLLM",
+        description="Reads a LLaVA checkpoint with one of our projectors tensor by tensor, whole, projector-only or "
+        "LoRA (merged), and writes a folder that AutoModelForImageTextToText and vLLM load, with the projector's code "
+        "in it. Needs the extra llava-projectors[export].",
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of the LLaVA checkpoint")
+    export.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make; must not exist")
+    export.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    export.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="of the weights (default: as they are stored)"
+    )
+    export.add_argument(
+        "--conv-mode",
+        choices=["vicuna_v1", "llava_v1", "mistral_instruct"],
+        help="conversation of the chat template (default: vicuna_v1, which --version v1 trains; for Mistral "
+        "mistral_instruct)",
+    )
+    export.add_argument("--verify", action="store_true", help="compare with LLaVA's own answers; needs LLaVA")
+    export.add_argument(
+        "--verify-python",
+        metavar="PYTHON",
+        help="interpreter with current transformers to compare in (default: this stack, from the folder's weights)",
+    )
+    export.set_defaults(run=run_export)
+
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
 
@@ -153,6 +180,29 @@ def run_show(arguments: argparse.Namespace) -> int:
     print(title)
     print(f"Drawn to {arguments.output}")
     return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint; status 1 with the reason when it cannot be, or is not what LLaVA says."""
+    try:
+        from llava_projectors.export.command import export
+    except ImportError as error:
+        return lacks_package("the export", "export", error)
+    try:
+        return export(
+            arguments.checkpoint,
+            arguments.output,
+            arguments.model_base,
+            arguments.dtype,
+            arguments.conv_mode,
+            arguments.verify or arguments.verify_python is not None,
+            arguments.verify_python,
+        )
+    except ImportError as error:
+        return lacks_package("the export", "export", error)
+    except ValueError as error:
+        print(f"cannot export {arguments.checkpoint}: {error}", file=sys.stderr)
+        return 1
 
 
 def lacks_package(what: str, extra: str, error: ImportError) -> int:

@@ -29,6 +29,7 @@ from llava_projectors.export.tokenizer import export_tokenizer
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import DROPPED_LAYERS
 from llava_projectors.integration.tower import resolve_layers
+from llava_projectors.projectors import registration
 from llava_projectors.serving.travel import AUTO_MAP, DoesNotTravel, write_code
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,6 +66,7 @@ class Export:
         text_config: of the LLM, as transformers writes it, without its number of rows.
         tokens: visual tokens of one picture.
         pads: whether pictures are padded to squares first.
+        dtype: the name of the dtype of all weights.
     """
 
     checkpoint: Checkpoint
@@ -75,9 +77,10 @@ class Export:
     text_config: dict[str, Any]
     tokens: int
     pads: bool
+    dtype: str
 
     @property
-    def side(self) -> int:
+    def patches_per_side(self) -> int:
         """Side of the patch grid."""
         return int(self.vision_config["image_size"] // self.vision_config["patch_size"])
 
@@ -103,8 +106,12 @@ def local_folder(name: str) -> Path:
         raise ExportError(f"there is no folder {name!r}, and the hub gives none: {error}") from error
 
 
-def prepare(checkpoint: Checkpoint) -> Export:
+def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None) -> Export:
     """Look at everything but the weights.
+
+    Args:
+        checkpoint: to export.
+        dtype: a name in `DTYPES`; default the one that the LLM is stored in.
 
     Raises:
         ExportError: the checkpoint has no projector of ours, or something that the export does not cover.
@@ -113,7 +120,7 @@ def prepare(checkpoint: Checkpoint) -> Export:
     type_string = config.get("mm_projector_type")
     if type_string is None:
         raise ExportError(f"{source} has no projector: its config.json has no mm_projector_type")
-    if registry.LLAVA_TYPES.fullmatch(type_string):
+    if registration.LLAVA_TYPES.fullmatch(type_string):
         raise ExportError(
             f"{source} has LLaVA's own projector {type_string!r}: for it use transformers' "
             "convert_llava_weights_to_hf.py, or the checkpoints under llava-hf on the hub; this exports the types "
@@ -141,6 +148,7 @@ def prepare(checkpoint: Checkpoint) -> Export:
         _text_config(config, source),
         resolved.output_side(side) ** 2,
         aspect == "pad",
+        dtype or _stored_dtype(checkpoint),
     )
 
 
@@ -268,7 +276,7 @@ def _padded(weight: Weight, known: int, rows: int) -> Callable[[], torch.Tensor]
     return make
 
 
-def folder_config(export: Export, image_token: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+def folder_config(export: Export, image_token: int, rows: int) -> dict[str, Any]:
     """The exported `config.json`, but for `auto_map`."""
     options = {**export.resolved.options, "layers": list(export.layers)}
     return {
@@ -285,7 +293,7 @@ def folder_config(export: Export, image_token: int, rows: int, dtype: torch.dtyp
         "vision_feature_layer": list(export.layers),
         "vision_feature_select_strategy": "default" if export.has_cls else "full",
         "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).split(".")[-1],
+        "torch_dtype": export.dtype,
         "vision_config": export.vision_config,
         "text_config": {**export.text_config, "vocab_size": rows},
     }
@@ -296,16 +304,15 @@ def write_processor(export: Export, target: Path) -> None:
     settings = json.loads((export.tower / "preprocessor_config.json").read_text(encoding="utf-8"))
     for name in ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"):
         settings.pop(name, None)
-    kind = (
-        "LlavaImageProcessor" if export.pads else ("CLIPImageProcessor" if export.has_cls else "SiglipImageProcessor")
-    )
+    kind = "CLIPImageProcessor" if export.has_cls else "SiglipImageProcessor"
     if export.pads:
+        kind = "LlavaImageProcessor"
         settings["do_pad"] = True
         settings.setdefault("do_center_crop", "crop_size" in settings)
     settings = {"image_processor_type": kind, **settings, "processor_class": "LlavaProcessor"}
     _write_json(target / "preprocessor_config.json", settings)
     # transformers counts the patches, adds this number, and takes one off for the CLS token of "default".
-    additional = export.tokens - export.side**2 + export.has_cls
+    additional = export.tokens - export.patches_per_side**2 + export.has_cls
     _write_json(
         target / "processor_config.json",
         {
@@ -346,8 +353,8 @@ def export_checkpoint(
     if target.exists():
         raise ExportError(f"{target} exists already: name another folder, or remove it")
     checkpoint = read_checkpoint(local_folder(source), None if base is None else local_folder(base))
-    export = prepare(checkpoint)
-    torch_dtype = _stored_dtype(checkpoint) if dtype is None else DTYPES[dtype]
+    export = prepare(checkpoint, dtype)
+    torch_dtype = DTYPES[export.dtype]
     if conversation is None:
         conversation = "mistral_instruct" if export.text_config["model_type"] == "mistral" else "vicuna_v1"
     template = TEMPLATES[conversation]
@@ -358,7 +365,7 @@ def export_checkpoint(
         _check_room(folder, outputs, torch_dtype)
         write_processor(export, folder)
         rows = next(output.shape[0] for output in outputs if output.key == "lm_head.weight")
-        config = folder_config(export, image_token, rows, torch_dtype)
+        config = folder_config(export, image_token, rows)
         try:
             write_code(export.resolved.type_string, folder)
             config["auto_map"] = AUTO_MAP
@@ -375,9 +382,15 @@ def export_checkpoint(
     return export
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    stored = checkpoint.weights["lm_head.weight" if "lm_head.weight" in checkpoint.weights else "model.norm.weight"]
-    return stored.stored.dtype
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    stored = checkpoint.weights.get("model.norm.weight")
+    names = [name for name, dtype in DTYPES.items() if stored is not None and stored.stored.dtype == dtype]
+    if not names:
+        raise ExportError(
+            f"{checkpoint.source} stores the LLM in no dtype of {', '.join(DTYPES)}: a quantised checkpoint cannot be "
+            "exported; pass --dtype if it only lacks model.norm.weight"
+        )
+    return names[0]
 
 
 def _check_room(folder: Path, outputs: Sequence[Output], dtype: torch.dtype) -> None:

@@ -206,4 +206,4 @@ def _write_shard(path: Path, shard: Sequence[Output], dtype: torch.dtype, output
             tensor = output.make().to(dtype).contiguous()
             if tuple(tensor.shape) != output.shape:
                 raise AssertionError(f"{output.key} is {list(tensor.shape)}, planned was {list(output.shape)}")
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]

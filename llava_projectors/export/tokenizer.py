@@ -34,12 +34,11 @@ def export_tokenizer(source: Path, target: Path, chat_template: str) -> int:
     if (source / "tokenizer.model").is_file():
         tokenizer = from_sentencepiece(source / "tokenizer.model")
         for number, token in sorted(_added_tokens(source, settings).items()):
-            if (
-                number < tokenizer.get_vocab_size(with_added_tokens=True)
-                and tokenizer.id_to_token(number) != token.content
-            ):
-                raise ExportError(f"{source} gives token {token.content!r} the id {number}, which is taken")
-            tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+            if tokenizer.token_to_id(token.content) != number:
+                raise ExportError(
+                    f"{source} gives the added token {token.content!r} the id {number}, which is not free"
+                )
     elif (source / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     else:
@@ -106,7 +105,7 @@ def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
     """
     ids = {piece: number for number, piece in enumerate(pieces)}
     ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
-    found = []
+    found: list[tuple[float, int, tuple[str, str]]] = []
     for number in ordinary:
         piece = pieces[number]
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -26,7 +26,7 @@ def build_projector(config: Any) -> nn.Module:
     options = {
         name: tuple(value) if isinstance(value, list) else value for name, value in config.mm_projector_options.items()
     }
-    cls = projector_class(config.mm_projector_type)
+    cls: Any = projector_class(config.mm_projector_type)
     return cls(config.vision_config.hidden_size, config.text_config.hidden_size, **options)
 
 

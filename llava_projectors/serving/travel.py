@@ -23,12 +23,10 @@ AUTO_MAP = {
 }
 # What `registry.py` stands in for.
 STAND_IN = "registry"
-STOOD_IN_FOR = (ROOT, f"{ROOT}.registry", f"{ROOT}.serving.travel")
-# Beyond these a user's module needs something installed. Python 3.9 has no list of its own.
-AVAILABLE = {
-    "torch",
-    *getattr(sys, "stdlib_module_names", ("__future__", "collections", "functools", "math", "typing")),
-}
+STOOD_IN_FOR = (ROOT, f"{ROOT}.registry", f"{ROOT}.projectors.registration", f"{ROOT}.serving.travel")
+# Beyond these a user's module needs something installed.
+STANDARD = ("__future__", "collections", "dataclasses", "functools", "math", "typing")  # Python 3.9 has no list
+AVAILABLE = {"torch", *getattr(sys, "stdlib_module_names", STANDARD)}
 
 STAND_IN_SOURCE = '''"""Stands in for the registry of llava_projectors: it knows the one type of this folder."""
 
@@ -64,6 +62,13 @@ def write_code(type_string, folder):
             shutil.copyfile(file, folder / file.name)
 '''
 
+# For versions of transformers that copy only the files that the modeling file itself names.
+NAMED = """
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # never; transformers looks for these lines
+"""
+
 ImportNode = Union[ast.Import, ast.ImportFrom]
 
 
@@ -91,12 +96,9 @@ def travelling_code(type_string: str) -> dict[str, str]:
     files[f"{STAND_IN}.py"] = STAND_IN_SOURCE.format(
         base=_file_stem(base.__module__), module=_file_stem(cls.__module__), cls=cls.__name__
     )
-    named = "".join(f"    from .{name[:-3]} import __name__ as _  # noqa: F401\n" for name in sorted(files))
     modeling = _file_name(MODELING)
-    files[modeling] += (
-        "\n\nTYPE_CHECKING = False\nif TYPE_CHECKING:  # never true: transformers copies only files that this one names\n"
-        + named.replace(f"    from .{modeling[:-3]} import __name__ as _  # noqa: F401\n", "")
-    )
+    others = sorted(name[:-3] for name in files if name != modeling)
+    files[modeling] += NAMED + "".join(f"    from .{stem} import __name__ as _\n" for stem in others)
     return files
 
 
