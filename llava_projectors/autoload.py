@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DISABLE_VARIABLE = "LLAVA_PROJECTORS_DISABLE"
 PACKAGES_VARIABLE = "LLAVA_PROJECTORS_PACKAGES"
+# Its classes load what `llava-projectors export` wrote; see `serving.hook`.
+TRANSFORMERS_LLAVA = "transformers.models.llava.modeling_llava"
 
 
 class SeamFinder:
@@ -44,9 +46,9 @@ class SeamFinder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that another finder has, with a patching loader, for modules of the packages; else None."""
-        if not fullname.startswith(self._prefixes):
+        if not (fullname.startswith(self._prefixes) or fullname == TRANSFORMERS_LLAVA):
             return None
-        package = next(p for p in self.packages if fullname.startswith(f"{p}."))
+        package = next((p for p in self.packages if fullname.startswith(f"{p}.")), "transformers")
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -84,7 +86,11 @@ def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         try:
-            if package in _finder.packages and holds_seam(module):
+            if module.__name__ == TRANSFORMERS_LLAVA:
+                from llava_projectors.serving import hook
+
+                hook.install(module)
+            elif package in _finder.packages and holds_seam(module):
                 from llava_projectors.integration import seams
 
                 seams.patch_module(package, module)
@@ -128,6 +134,10 @@ def arm_from_environment() -> None:
             from llava_projectors.integration import seams
 
             seams.patch(package)
+    if TRANSFORMERS_LLAVA in sys.modules:
+        from llava_projectors.serving import hook
+
+        hook.install(sys.modules[TRANSFORMERS_LLAVA])
 
 
 def patch(package: str = "llava") -> list[SeamReport]:

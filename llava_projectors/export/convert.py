@@ -30,6 +30,7 @@ from llava_projectors.integration import weights
 from llava_projectors.integration.forks import DROPPED_LAYERS
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors import registration
+from llava_projectors.serving.hook import NOT_STOCK
 from llava_projectors.serving.travel import AUTO_MAP, DoesNotTravel, write_code
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -49,8 +50,6 @@ TOWER_KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 # Embedding rows are padded to a multiple of this: tensor parallelism splits them.
 ROW_MULTIPLE = 64
 OWN_TOWER = "model.vision_tower.vision_tower."
-# Stands where transformers looks up the activation of its own projector, so that its classes fail and say why.
-NOT_STOCK = "a projector of llava-projectors: load with trust_remote_code=True, or pip install llava-projectors"
 
 
 @dataclass(frozen=True)

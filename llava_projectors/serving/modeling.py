@@ -34,6 +34,7 @@ class WholeCheckpoint:
     """Mixed in before a class of transformers: loads all weights or none, and saves the code beside them."""
 
     _checkpoint_conversion_mapping: dict[str, str] = {}  # noqa: RUF012  names are saved as they are
+    base_model_prefix = "model"
     config: Any
 
     @classmethod
@@ -82,3 +83,10 @@ class LlavaProjectorsForConditionalGeneration(WholeCheckpoint, LlavaForCondition
         self.model = LlavaProjectorsModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+
+# By the class of transformers that each takes the place of.
+CLASSES: dict[str, Any] = {
+    "LlavaModel": LlavaProjectorsModel,
+    "LlavaForConditionalGeneration": LlavaProjectorsForConditionalGeneration,
+}

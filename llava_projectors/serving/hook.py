@@ -1,0 +1,68 @@
+"""Lets transformers' own LLaVA classes load an exported folder, without `trust_remote_code`.
+
+`autoload` installs it when transformers' LLaVA has been imported; the standard library is all it imports.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+# Stands in an exported config where transformers looks up the activation of its own projector, so that its
+# classes fail, and say why, rather than answer from a projector with random weights.
+NOT_STOCK = "a projector of llava-projectors: load with trust_remote_code=True, or pip install llava-projectors"
+METHODS = ("from_pretrained", "_from_config")
+
+
+def install(module: ModuleType) -> None:
+    """Put a method in front of each of `METHODS`, which all LLaVA classes of `module` inherit.
+
+    Args:
+        module: `transformers.models.llava.modeling_llava`.
+    """
+    owner = module.LlavaPreTrainedModel
+    for name in METHODS:
+        if name not in vars(owner):
+            setattr(owner, name, _giving_way(getattr(owner, name).__func__))
+
+
+def uninstall(module: ModuleType) -> None:
+    """The classes inherit the methods of transformers again."""
+    owner = module.LlavaPreTrainedModel
+    for name in METHODS:
+        if hasattr(vars(owner).get(name), "_gives_way"):
+            delattr(owner, name)
+
+
+def _giving_way(function: Any) -> Any:
+    """The class method; where an exported config stops it, and only there, the class with our projector takes over."""
+
+    @functools.wraps(function)
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(cls, *args, **kwargs)
+        except KeyError as error:
+            if NOT_STOCK not in error.args:
+                raise
+            classes = _exported_classes()
+            if cls.__name__ not in classes:
+                raise
+        return getattr(classes[cls.__name__], function.__name__)(*args, **kwargs)
+
+    wrapper: Any = classmethod(load)
+    wrapper._gives_way = True
+    return wrapper
+
+
+def _exported_classes() -> dict[str, Any]:
+    try:
+        from llava_projectors.serving.modeling import CLASSES
+    except ImportError as error:
+        import transformers
+
+        raise ImportError(
+            f"an exported folder needs transformers 4.57 or newer, this is {transformers.__version__}; LLaVA's own "
+            "scripts load the checkpoint that it was exported from"
+        ) from error
+    return CLASSES

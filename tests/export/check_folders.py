@@ -1,0 +1,125 @@
+"""Exported folders on current transformers, without this package: `EXPORTED=… pytest --noconftest check_folders.py`.
+
+`make check-export` runs it, in environments of its own, on what `make_folders.py` made.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXPORTED = Path(os.environ["EXPORTED"])
+NAMES = sorted(path.name for path in EXPORTED.iterdir() if path.is_dir())
+sys.path.insert(0, str(Path(__file__).parents[2] / "llava_projectors" / "export"))
+compare = importlib.import_module("compare")
+
+assert importlib.util.find_spec("llava_projectors") is None, "the folders have to load without the package"
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name):
+    return EXPORTED / name
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return compare.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def cases(folder):
+    return torch.load(folder.with_suffix(".pt"), weights_only=False)["cases"]
+
+
+def test_it_says_what_llava_says(loaded, cases):
+    """16 questions about one picture, one about two."""
+    results = [compare.compare(*loaded, case) for case in cases]
+    assert len(results) == 17
+    assert max(result["pixels"] for result in results) == 0
+    assert max(result["logits"] for result in results) < 1e-4
+    assert all(result["same_ids"] and result["same_argmax"] and result["same_text"] for result in results)
+    assert len({result["text"] for result in results}) > 1  # texts that are all alike would show nothing
+
+
+@torch.no_grad()
+def test_a_left_padded_batch_says_the_same(loaded, cases):
+    model, processor = loaded
+    picked = [cases[0], cases[3], cases[16]]  # the last has two pictures
+    texts, images = [case["prompt"] for case in picked], [case["images"] for case in picked]
+    inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
+    assert inputs["attention_mask"][0, 0] == 0  # padded, on the left
+    rows = model(**inputs).logits
+    for row, mask, case in zip(rows, inputs["attention_mask"], picked):
+        expected = case["logits"]
+        found = row[mask.bool()][:, : expected.shape[1]]
+        assert (found - expected).abs().max() / expected.abs().max() < 1e-4
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=picked[0]["max_new_tokens"])
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.strip() for answer in answers] == [case["text"] for case in picked]
+
+
+def test_chat_template(loaded, cases):
+    _, processor = loaded
+    content = [{"type": "image"}, {"type": "text", "text": cases[0]["prompt"].split("<image>\n")[1].split(" ASS")[0]}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text == cases[0]["prompt"]
+
+
+def test_saved_again_it_is_whole(loaded, cases, tmp_path):
+    model, processor = loaded
+    model.save_pretrained(tmp_path / "again")
+    processor.save_pretrained(tmp_path / "again")
+    result = compare.compare(*compare.load(str(tmp_path / "again")), cases[0])
+    assert result["same_text"]
+    assert result["logits"] < 1e-4
+
+
+def test_the_model_without_its_head(folder, loaded, cases):
+    from transformers import AutoModel
+
+    body = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    inputs = compare.inputs_of(loaded[1], cases[0])
+    with torch.no_grad():
+        states = body(**inputs).last_hidden_state
+        assert torch.equal(loaded[0].lm_head(states), loaded[0](**inputs).logits)
+
+
+def test_stock_classes_fail_and_say_why(folder):
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+    for cls in (LlavaForConditionalGeneration, AutoModelForImageTextToText):
+        with pytest.raises(KeyError, match=r"trust_remote_code=True, or pip install llava-projectors"):
+            cls.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_a_folder_that_lacks_a_weight_is_refused(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    lost = next(key for key in weights if "multi_modal_projector" in key)
+    del weights[lost]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"not whole, these weights would be random: {lost}"):
+        AutoModelForImageTextToText.from_pretrained(broken, trust_remote_code=True)
+
+
+def test_the_number_of_tokens(folder, loaded, cases):
+    _, processor = loaded
+    config = json.loads((folder / "config.json").read_text())
+    for case in cases:
+        ids = compare.inputs_of(processor, case)["input_ids"]
+        assert int((ids == config["image_token_index"]).sum()) == config["image_seq_length"] * len(case["images"])

@@ -1,0 +1,122 @@
+"""Exported folders in vLLM: `EXPORTED=… PLUGIN=… pytest --noconftest check_vllm.py`, which `make check-vllm` runs.
+
+EXPORTED has what `make_folders.py` made. PLUGIN is a folder in which this package is installed: on the
+path, vLLM finds the plugin; without it, vLLM's transformers backend runs the folder's own code.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+EXPORTED = Path(os.environ["EXPORTED"])
+NAMES = ("saep", "tokenpacker-scale-factor-3")
+HOST = "127.0.0.1"
+WAYS = ("backend", "native")
+BACKEND = "falling back to Transformers implementation"
+
+
+def environment(way):
+    return {
+        **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        **({"PYTHONPATH": os.environ["PLUGIN"]} if way == "native" else {}),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "NO_PROXY": HOST,
+        "no_proxy": HOST,
+    }
+
+
+def cases_of(name):
+    return torch.load(EXPORTED / f"{name}.pt", weights_only=False)["cases"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_llava_says(name, way, tmp_path):
+    command = [sys.executable, HERE / "ask_vllm.py", EXPORTED / name, EXPORTED / f"{name}.pt"]
+    done = subprocess.run(
+        command, env=environment(way), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (BACKEND in done.stdout + done.stderr) == (way == "backend")
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"')]
+    tokens = json.loads((EXPORTED / name / "config.json").read_text())["image_seq_length"]
+    assert len(answers) == 17
+    for answer in answers:
+        assert answer["found"]["text"] == answer["expected"]["text"]
+        assert answer["found"]["prompt_tokens"] == len(answer["expected"]["ids"]) + tokens * answer["images"]
+
+
+@contextlib.contextmanager
+def server(name, way, log):
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port = sock.getsockname()[1]
+    template = EXPORTED / name / "chat_template_vllm.jinja"
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EXPORTED / name, "--host", HOST,
+        "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "4",
+        "--trust-remote-code", "--chat-template", template, "--served-model-name", "llava",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(way), cwd=log.parent)
+        try:
+            end = time.monotonic() + 300
+            while True:
+                assert child.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < end, log.read_text()[-4000:]
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5):
+                    break
+                time.sleep(1)
+            yield f"http://{HOST}:{port}/v1/chat/completions"
+        finally:
+            child.terminate()
+            child.wait(60)
+
+
+def ask(url, case):
+    images = []
+    for image in case["images"]:
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        images.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
+    question = case["prompt"].rsplit("<image>\n", 1)[1].removesuffix(" ASSISTANT:")
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    body = {
+        "model": "llava",
+        "temperature": 0,
+        "max_tokens": case["max_new_tokens"],
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+    }
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_openai_server(way, tmp_path):
+    name = "saep"
+    tokens = json.loads((EXPORTED / name / "config.json").read_text())["image_seq_length"]
+    cases = cases_of(name)
+    picked = [*cases[:4], cases[16]]  # the last has two pictures
+    with server(name, way, tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda case: ask(url, case), picked))
+    assert (BACKEND in (tmp_path / "log").read_text()) == (way == "backend")
+    for case, answer in zip(picked, answers):
+        assert answer["choices"][0]["message"]["content"].strip() == case["text"]
+        text_tokens = sum(token >= 0 for token in case["input_ids"])
+        assert answer["usage"]["prompt_tokens"] == text_tokens + tokens * len(case["images"])
