@@ -36,7 +36,8 @@ def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     same_length = logits.shape == case["logits"].shape
     difference = float((logits - case["logits"]).abs().max() / case["logits"].abs().max()) if same_length else 1.0
     output = model.generate(**inputs, do_sample=False, max_new_tokens=case["max_new_tokens"])
-    text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    text = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
     image_id = model.config.image_token_id
     ids = [token for token in inputs["input_ids"][0].tolist() if token != image_id]
     return {
@@ -44,8 +45,9 @@ def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
         "same_argmax": same_length and bool((logits.argmax(-1) == case["logits"].argmax(-1)).all()),
         "pixels": float((inputs["pixel_values"] - case["pixel_values"]).abs().max()),
         "same_ids": ids == [token for token in case["input_ids"] if token >= 0],
-        "same_text": text.strip() == case["text"],
-        "text": text.strip(),
+        "same_answer": answer.tolist() == case["answer_ids"],
+        "same_text": text == case["text"],
+        "text": text,
     }
 
 

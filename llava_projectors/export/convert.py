@@ -277,7 +277,9 @@ def _padded(weight: Weight, known: int, rows: int) -> Callable[[], torch.Tensor]
 
 def folder_config(export: Export, image_token: int, rows: int) -> dict[str, Any]:
     """The exported `config.json`, but for `auto_map`."""
-    options = {**export.resolved.options, "layers": list(export.layers)}
+    options = dict(export.resolved.options)
+    if "layers" in options:
+        options["layers"] = export.layers
     return {
         "model_type": "llava",
         "architectures": ["LlavaProjectorsForConditionalGeneration"],

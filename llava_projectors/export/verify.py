@@ -101,6 +101,7 @@ def reference(
             "pixel_values": pixels,
             "input_ids": ids[0].tolist(),
             "logits": logits,
+            "answer_ids": output[0, 1:].tolist(),  # the start token, which transformers 4.37 puts first, is no answer
             "text": tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip(),
             "max_new_tokens": max_new_tokens,
         })  # fmt: skip

@@ -1,7 +1,8 @@
 """The code that travels in an exported folder: this package's own modules, with their imports rewritten.
 
 The files are found by following the imports of the projector's module, so there is no second copy
-to keep. `registry.py` in the folder stands in for the registry; it knows the folder's one type.
+to keep. `registry_<type>.py` in the folder stands in for the registry; it knows the folder's one type.
+Its name differs by type, because transformers keeps modules by folder name and file name.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_llava_projectors.LlavaProjectorsModel",
     "AutoModelForImageTextToText": "modeling_llava_projectors.LlavaProjectorsForConditionalGeneration",
 }
-# What `registry.py` stands in for.
-STAND_IN = "registry"
+# What `registry_<type>.py` stands in for.
 STOOD_IN_FOR = (ROOT, f"{ROOT}.registry", f"{ROOT}.projectors.registration", f"{ROOT}.serving.travel")
 # Beyond these a user's module needs something installed.
 STANDARD = ("__future__", "collections", "dataclasses", "functools", "math", "typing")  # Python 3.9 has no list
@@ -92,8 +92,12 @@ def travelling_code(type_string: str) -> dict[str, str]:
     if Path(_source_path(cls.__module__)).suffix != ".py" or "." in cls.__qualname__:
         raise DoesNotTravel(f"{cls.__qualname__} is not defined at the top of a file")
     base = next(c for c in cls.__mro__ if c.__name__ == "Projector")
-    files = {_file_name(module): _rewrite(module) for module in _closure([MODELING, cls.__module__, base.__module__])}
-    files[f"{STAND_IN}.py"] = STAND_IN_SOURCE.format(
+    stand_in = f"registry_{cls.name}"
+    files = {
+        _file_name(module): _rewrite(module, stand_in)
+        for module in _closure([MODELING, cls.__module__, base.__module__])
+    }
+    files[f"{stand_in}.py"] = STAND_IN_SOURCE.format(
         base=_file_stem(base.__module__), module=_file_stem(cls.__module__), cls=cls.__name__
     )
     modeling = _file_name(MODELING)
@@ -103,7 +107,7 @@ def travelling_code(type_string: str) -> dict[str, str]:
 
 
 def _closure(start: list[str]) -> list[str]:
-    """The modules and all of this package that they import, but for those that `registry.py` stands in for."""
+    """The modules and all of this package that they import, but for those that `registry_<type>.py` stands in for."""
     found: list[str] = []
     waiting = list(start)
     while waiting:
@@ -149,7 +153,7 @@ def _imported_module(module: str, name: str) -> str:
     return submodule if module.split(".")[0] == ROOT and _origin(submodule) else module
 
 
-def _rewrite(module: str) -> str:
+def _rewrite(module: str, stand_in: str) -> str:
     """The module's source with every import of this package made relative."""
     lines = Path(_source_path(module)).read_text(encoding="utf-8").splitlines(keepends=True)
     for node, targets in _imports(module):
@@ -158,7 +162,7 @@ def _rewrite(module: str) -> str:
         if len(set(targets)) > 1:
             raise DoesNotTravel(f"{module} imports several modules in one statement (line {node.lineno})")
         line, target = lines[node.lineno - 1], targets[0]
-        stem = STAND_IN if target in STOOD_IN_FOR else _file_stem(target)
+        stem = stand_in if target in STOOD_IN_FOR else _file_stem(target)
         if isinstance(node, ast.Import):
             bound = node.names[0].asname or ROOT
             if target != ROOT and not node.names[0].asname:

@@ -17,8 +17,8 @@ def main(folder, reference):
     asked = [{"prompt": case["prompt"], "multi_modal_data": {"image": case["images"]}} for case in cases]
     settings = SamplingParams(temperature=0, max_tokens=cases[0]["max_new_tokens"])
     for case, answer in zip(cases, llm.generate(asked, settings)):  # vLLM batches them
-        expected = {"text": case["text"], "ids": [token for token in case["input_ids"] if token >= 0]}
-        found = {"text": answer.outputs[0].text.strip(), "prompt_tokens": len(answer.prompt_token_ids)}
+        expected = {"answer_ids": case["answer_ids"], "ids": [token for token in case["input_ids"] if token >= 0]}
+        found = {"answer_ids": list(answer.outputs[0].token_ids), "prompt_tokens": len(answer.prompt_token_ids)}
         print(json.dumps({"found": found, "expected": expected, "images": len(case["images"])}), flush=True)
 
 

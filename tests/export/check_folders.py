@@ -15,6 +15,7 @@ import pytest
 import torch
 
 EXPORTED = Path(os.environ["EXPORTED"])
+TRAINED = ("saep", "tokenpacker")
 NAMES = sorted(path.name for path in EXPORTED.iterdir() if path.is_dir())
 sys.path.insert(0, str(Path(__file__).parents[2] / "llava_projectors" / "export"))
 compare = importlib.import_module("compare")
@@ -42,13 +43,17 @@ def cases(folder):
     return torch.load(folder.with_suffix(".pt"), weights_only=False)["cases"]
 
 
-def test_it_says_what_llava_says(loaded, cases):
+def test_it_says_what_llava_says(name, loaded, cases):
     """16 questions about one picture, one about two."""
     results = [compare.compare(*loaded, case) for case in cases]
     assert len(results) == 17
     assert max(result["pixels"] for result in results) == 0
     assert max(result["logits"] for result in results) < 1e-4
-    assert all(result["same_ids"] and result["same_argmax"] and result["same_text"] for result in results)
+    assert all(result["same_ids"] and result["same_argmax"] and result["same_answer"] for result in results)
+    if (
+        name in TRAINED
+    ):  # the random LLM writes bytes that are no UTF-8; slow and fast tokenizers show those differently
+        assert all(result["same_text"] for result in results)
     assert len({result["text"] for result in results}) > 1  # texts that are all alike would show nothing
 
 
@@ -65,8 +70,11 @@ def test_a_left_padded_batch_says_the_same(loaded, cases):
         found = row[mask.bool()][:, : expected.shape[1]]
         assert (found - expected).abs().max() / expected.abs().max() < 1e-4
     output = model.generate(**inputs, do_sample=False, max_new_tokens=picked[0]["max_new_tokens"])
-    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [answer.strip() for answer in answers] == [case["text"] for case in picked]
+    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+    padding = model.generation_config.pad_token_id
+    for answer, case in zip(answers, picked):
+        expected = case["answer_ids"]
+        assert answer == expected + [padding] * (len(answer) - len(expected))
 
 
 def test_chat_template(loaded, cases):
@@ -81,7 +89,7 @@ def test_saved_again_it_is_whole(loaded, cases, tmp_path):
     model.save_pretrained(tmp_path / "again")
     processor.save_pretrained(tmp_path / "again")
     result = compare.compare(*compare.load(str(tmp_path / "again")), cases[0])
-    assert result["same_text"]
+    assert result["same_answer"]
     assert result["logits"] < 1e-4
 
 

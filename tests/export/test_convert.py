@@ -1,0 +1,541 @@
+"""The export on LLaVA's stack: every kind of checkpoint, bounded memory, and refusals that leave nothing behind.
+
+What current transformers and vLLM make of the folders: `check_folders.py`, `check_vllm.py`.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llava_projectors
+from llava_projectors import ProjectorSpecError, ProjectorWeightsError, build_projector
+from llava_projectors.cli import main
+from llava_projectors.export import convert, verify
+from llava_projectors.export.checkpoint import read_checkpoint
+from llava_projectors.export.convert import export_checkpoint
+from llava_projectors.export.errors import ExportError
+from llava_projectors.export.templates import TEMPLATES
+from llava_projectors.projectors import registration
+from llava_projectors.serving.travel import DoesNotTravel, travelling_code
+
+OURS = ("saep", "tokenpacker")
+
+
+@pytest.fixture(scope="module")
+def llava_says():
+    """(checkpoint, base) -> LLaVA's answers to what `--verify` asks."""
+    return lambda source, base=None: verify.reference(str(source), base and str(base), verify.default_questions(), 4)
+
+
+def largest_difference(folder, cases):
+    found = verify.logits_on_this_stack(folder, cases)
+    assert [len(logits) for logits in found] == [len(case["logits"]) for case in cases]
+    return max(
+        float((ours[:, : case["logits"].shape[1]] - case["logits"]).abs().max() / case["logits"].abs().max())
+        for ours, case in zip(found, cases)
+    )
+
+
+@pytest.mark.parametrize("projector_type", OURS)
+def test_a_full_checkpoint(trained, tmp_path, llava_says, projector_type):
+    source = trained(projector_type).checkpoint
+    export_checkpoint(str(source), tmp_path / "out", dtype="float16")
+    assert largest_difference(tmp_path / "out", llava_says(source)) < 1e-5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mm_projector_type"] == projector_type
+    assert config["mm_projector_options"]["layers"] == config["vision_feature_layer"] == [4, 5, 6, 7]
+    assert config["text_config"]["vocab_size"] % 64 == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert weights["lm_head.weight"].shape[0] == config["text_config"]["vocab_size"]
+
+
+def test_a_projector_and_its_base(trained, tiny, tmp_path, llava_says):
+    adapter = trained("saep").adapter
+    export_checkpoint(str(adapter), tmp_path / "out", base=str(tiny.llm), dtype="float16")
+    assert largest_difference(tmp_path / "out", llava_says(adapter, tiny.llm)) < 1e-5
+
+
+@pytest.mark.parametrize("road", ["base", "checkpoint"])
+def test_lora_is_merged(trained, tiny, tmp_path, llava_says, road):
+    run = trained("saep")
+    start = {"adapter": run.adapter / "mm_projector.bin"} if road == "base" else {}
+    base = tiny.llm if road == "base" else run.checkpoint
+    lora = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-3}
+    folder, _ = tiny.finetune(f"export-lora-{road}", "saep", **start, model_name_or_path=base, max_steps=4, **lora)
+    export_checkpoint(str(folder), tmp_path / "out", base=str(base), dtype="float32")
+    # LLaVA merges in float16, the export in float32.
+    assert largest_difference(tmp_path / "out", llava_says(folder, base)) < 5e-3
+
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.language_model.layers.0.self_attn.q_proj.weight"]
+    before = load_file(base / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].float()
+    adapter = torch.load(folder / "adapter_model.bin", weights_only=True)
+    up, down = (adapter[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight"].float() for x in "BA")
+    assert up.abs().max() > 0
+    torch.testing.assert_close(merged, before + 2 * up @ down)
+    projector = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    trained_bias = next(value for key, value in projector.items() if key.endswith("mm_projector.aggregate.bias"))
+    exported = load_file(tmp_path / "out" / "model.safetensors")["model.multi_modal_projector.aggregate.bias"]
+    assert torch.equal(exported, trained_bias.float())
+
+
+def test_bin_shards_and_safetensors_shards_give_the_same(trained, tmp_path):
+    source = trained("saep").checkpoint
+    export_checkpoint(str(source), tmp_path / "whole")
+    weights = load_file(source / "model.safetensors")
+    copy = tmp_path / "llava-bin"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    names = list(weights)
+    half = {name: f"pytorch_model-0000{1 + (n > 20)}-of-00002.bin" for n, name in enumerate(names)}
+    for shard in set(half.values()):
+        torch.save({name: weights[name] for name in names if half[name] == shard}, copy / shard)
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": half}))
+    export_checkpoint(str(copy), tmp_path / "shards", shard_bytes=200_000)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 2
+    found = {}
+    for shard in shards:
+        part = load_file(tmp_path / "shards" / shard)
+        assert sum(v.nbytes for v in part.values()) <= 200_000
+        assert {index["weight_map"][name] for name in part} == {shard}
+        found.update(part)
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in found.values())
+
+
+def test_memory_does_not_grow_with_the_checkpoint(trained, tmp_path):
+    """600 MB of weights, no tensor above 16 MB, are exported within 100 MB."""
+    source, big = trained("saep").checkpoint, tmp_path / "llava-big"
+    shutil.copytree(source, big, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((big / "config.json").read_text())
+    config |= {"hidden_size": 1280, "intermediate_size": 3200, "num_hidden_layers": 16, "num_attention_heads": 32}
+    config["num_key_value_heads"] = 32
+    (big / "config.json").write_text(json.dumps(config))
+    shapes = {f"layers.{n}.{name}": shape for n in range(16) for name, shape in {
+        **{f"self_attn.{x}_proj.weight": (1280, 1280) for x in "qkvo"},
+        **{f"mlp.{x}_proj.weight": (3200, 1280) for x in ("gate", "up")},
+        "mlp.down_proj.weight": (1280, 3200), "input_layernorm.weight": (1280,),
+        "post_attention_layernorm.weight": (1280,),
+    }.items()}  # fmt: skip
+    shapes |= {"norm.weight": (1280,), "embed_tokens.weight": (480, 1280)}
+    weights = {f"model.{name}": torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    weights["lm_head.weight"] = torch.zeros(480, 1280, dtype=torch.float16)
+    projector = build_projector("saep", config["mm_hidden_size"], 1280).state_dict()
+    weights |= {f"model.mm_projector.{name}": value.half() for name, value in projector.items()}
+    save_file(weights, big / "model.safetensors", metadata={"format": "pt"})
+    size = (big / "model.safetensors").stat().st_size
+    assert size > 600e6
+    del weights
+    program = """
+        import resource, sys
+        from pathlib import Path
+        import transformers.models.llama.modeling_llama, transformers.models.clip.modeling_clip
+        from llava_projectors.export.convert import export_checkpoint
+        export_checkpoint(sys.argv[1], Path(sys.argv[2]))  # imports what it needs
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        export_checkpoint(sys.argv[3], Path(sys.argv[4]), dtype="bfloat16")
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), source, tmp_path / "small", big, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 100e6
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 600e6
+
+
+def test_verify_prints_the_difference(trained, tmp_path, capsys):
+    status = main(["export", str(trained("saep").checkpoint), str(tmp_path / "out"), "--dtype", "float16", "--verify"])
+    out = capsys.readouterr().out
+    assert status == 0
+    assert f"saep: 576 -> 144 visual tokens, written to {tmp_path / 'out'}" in out
+    assert "as a part of the largest logit: " in out
+    assert out.endswith("equal\n")
+
+
+def test_verify_sees_a_wrong_weight(trained, tmp_path, llava_says):
+    source = trained("tokenpacker").checkpoint
+    export_checkpoint(str(source), tmp_path / "out", dtype="float16")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["model.multi_modal_projector.mlp.2.bias"] += 1
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    assert largest_difference(tmp_path / "out", llava_says(source)) > verify.LOOSE
+
+
+def test_the_card_says_what_it_is(trained, tmp_path):
+    export_checkpoint(str(trained("tokenpacker").checkpoint), tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    for part in (
+        "`tokenpacker`", "144 visual tokens a picture instead of 576", "4, 5, 6, 7 of 8", "scale_factor=2", "licence",
+        "vllm serve packed --trust-remote-code --chat-template packed/chat_template_vllm.jinja",
+        f"llava-projectors {llava_projectors.__version__}", "vicuna_v1",
+    ):  # fmt: skip
+        assert part in card
+
+
+# Tokenizer and templates
+
+
+def test_tokens_are_llavas(trained, tmp_path):
+    """1,000 prompts with 0 to 2 pictures, spaces, line breaks and characters beyond the vocabulary."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.mm_utils import tokenizer_image_token
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    source = trained("saep").checkpoint
+    export_checkpoint(str(source), tmp_path / "out")
+    ours, llavas = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), LlamaTokenizer.from_pretrained(source)
+    image = ours.convert_tokens_to_ids("<image>")
+    words = [
+        "the",
+        "what",
+        "picture",
+        "show?",
+        "<image>",
+        "\n",
+        "  ",
+        "USER:",
+        "ASSISTANT:",
+        "höhe",
+        "日本",
+        "🙂",
+        ",a",
+    ]
+    generator = torch.Generator().manual_seed(0)
+    different = []
+    for _ in range(1000):
+        picked = torch.randint(len(words), (12,), generator=generator).tolist()
+        prompt = "A chat. USER: " + "".join(words[n] + " " * (n % 3 == 0) for n in picked)
+        expected = [image if t == IMAGE_TOKEN_INDEX else t for t in tokenizer_image_token(prompt, llavas)]
+        if ours(prompt).input_ids != expected:
+            different.append(prompt)
+    assert different == []
+
+
+def test_tokenizer_settings(trained, tmp_path):
+    export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["padding_side"] == "left"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_llavas_conversations(trained, tmp_path, name):
+    from llava.conversation import conv_templates
+    from transformers import PreTrainedTokenizerFast
+
+    export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out", conversation=name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    tokenizer.chat_template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    picture, first, second = {"type": "image"}, "What is this?", "Why?"
+    for pictures in (1, 2):
+        conversation = conv_templates[name].copy()
+        conversation.append_message(conversation.roles[0], "<image>\n" * pictures + first)
+        messages = [{"role": "user", "content": [*[picture] * pictures, {"type": "text", "text": first}]}]
+        for answer in (None, "A cat."):
+            if answer:
+                conversation.messages[-1][1] = answer
+                conversation.append_message(conversation.roles[0], second)
+                messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": second}]
+            conversation.append_message(conversation.roles[1], None)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert text == conversation.get_prompt()
+    tokenizer.chat_template = (tmp_path / "out" / "chat_template_vllm.jinja").read_text()
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == f"<s>{text}"
+
+
+# Other towers and LLMs
+
+
+def test_a_siglip_tower(tiny, trained, tmp_path):
+    """LLaVA-NeXT drops SigLIP's last layer and reads the last hidden state of what is left."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    tower = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=1, image_size=112, patch_size=14,
+    )).eval()  # fmt: skip
+    tower.save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path / "siglip")
+    source = tmp_path / "llava-siglip"
+    shutil.copytree(trained("saep").checkpoint, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tmp_path / "siglip")}))
+
+    export_checkpoint(str(source), tmp_path / "out", dtype="float32")
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["vision_feature_layer"] == [4, 5, 6, 7]  # of 8, counted from 0: the 8th layer is not read
+    assert exported["vision_feature_select_strategy"] == "full"
+    assert exported["image_seq_length"] == 16
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert 8 * 8 + processor["num_additional_image_tokens"] == 16  # as transformers counts for "full"
+    pixels = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+    case = {"pixel_values": pixels, "prompt": "<image>"}
+    (logits,) = verify.logits_on_this_stack(tmp_path / "out", [case])
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        projector = build_projector("saep", 32, config["hidden_size"])
+        weights = load_file(source / "model.safetensors")
+        projector.load_state_dict(
+            {k.split("mm_projector.")[1]: v.float() for k, v in weights.items() if "mm_proj" in k}
+        )
+        tokens = projector(torch.cat([states[n] for n in (4, 5, 6, 7)], -1))
+        from transformers import LlamaForCausalLM
+
+        llm = LlamaForCausalLM.from_pretrained(source).float()
+        start = llm.model.embed_tokens(torch.tensor([[1]]))
+        expected = llm(inputs_embeds=torch.cat([start, tokens], 1)).logits[0]
+    torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mistral_llm(trained, tmp_path):
+    source = tmp_path / "llava-mistral"
+    shutil.copytree(trained("saep").checkpoint, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "llava_mistral", "sliding_window": 512}))
+    export_checkpoint(str(source), tmp_path / "out")
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert (exported["model_type"], exported["sliding_window"]) == ("mistral", 512)
+    assert exported["architectures"] == ["MistralForCausalLM"]
+    assert "[INST]" in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+# What is refused, and what is left behind then
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A copy to break, with its config as `edit` changes it."""
+
+    def make(**edit):
+        folder = tmp_path / "in" / "llava-copy"
+        shutil.copytree(trained("saep").checkpoint, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config = {key: value for key, value in {**config, **edit}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def refused(folder, tmp_path, match, error=ExportError, **arguments):
+    target = tmp_path / "outputs" / "out"
+    with pytest.raises(error, match=match):
+        export_checkpoint(str(folder), target, **arguments)
+    assert not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        ({"mm_projector_type": None}, "has no projector: its config.json has no mm_projector_type"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "LLaVA's own projector 'mlp2x_gelu': for it use transformers'"),
+        ({"image_aspect_ratio": "slice:patch_num=9"}, "image_aspect_ratio 'slice:patch_num=9'.*cannot be exported yet"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*cannot be exported yet"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch', not 'patch'"),
+        ({"mm_vision_tower": None}, "names no vision tower"),
+        ({"mm_vision_tower": "/no/such/tower"}, "no folder '/no/such/tower'"),
+        ({"model_type": "llava_mpt"}, "LLM of model_type 'llava_mpt': llava_llama"),
+        ({"num_hidden_layers": 3}, "not whole or of another model: missing: model.layers.2"),
+    ],
+)
+def test_configs_that_are_refused(checkpoint, tmp_path, edit, match):
+    refused(checkpoint(**edit), tmp_path, match)
+
+
+def test_an_unknown_type_is_refused(checkpoint, tmp_path):
+    refused(checkpoint(mm_projector_type="seap"), tmp_path, "did you mean 'saep'", ProjectorSpecError)
+
+
+def test_another_types_weights_are_refused(checkpoint, tmp_path):
+    folder = checkpoint(mm_projector_type="tokenpacker")
+    refused(folder, tmp_path, "The weights look like 'saep'", ProjectorWeightsError)
+
+
+def test_half_checkpoints_are_refused(checkpoint, tmp_path):
+    folder = checkpoint()
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(folder, tmp_path, r"model.safetensors: it is cut off, \d+ of \d+ bytes")
+    (folder / "model.safetensors").write_bytes(b"")
+    refused(folder, tmp_path, "cannot read .*model.safetensors")
+    (folder / "model.safetensors").unlink()
+    refused(folder, tmp_path, "has no weights: neither model.safetensors nor pytorch_model.bin")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, tmp_path, "cannot read .*model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\3\4 cut off")
+    refused(folder, tmp_path, "cannot read .*pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.mm_projector.readout.2.bias", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"]
+)
+def test_a_lost_weight_is_named(checkpoint, tmp_path, lost):
+    folder = checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors")
+    name = lost.removeprefix("model.mm_projector.")
+    refused(folder, tmp_path, f"missing: {name}", ValueError)
+
+
+def test_base_models_missing_and_superfluous(trained, tiny, checkpoint, tmp_path):
+    refused(trained("saep").adapter, tmp_path, "holds mm_projector.bin and no LLM: pass --model-base")
+    refused(checkpoint(), tmp_path, "is a full checkpoint: leave --model-base", base=str(tiny.llm))
+    refused(tmp_path / "in", tmp_path, "is no checkpoint: it has no config.json")
+
+
+def test_an_adapter_that_does_not_fit_is_refused(trained, tiny, tmp_path):
+    folder = tmp_path / "llava-lora"
+    shutil.copytree(trained("saep").adapter, folder)
+    (folder / "mm_projector.bin").rename(folder / "non_lora_trainables.bin")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    key = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
+    torch.save({key: torch.zeros(4, 80)}, folder / "adapter_model.bin")
+    refused(folder, tmp_path, "does not fit its base: model.layers.9.self_attn.q_proj.weight", base=str(tiny.llm))
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
+    refused(folder, tmp_path, "asks for use_dora=True", base=str(tiny.llm))
+
+
+def test_an_existing_output_is_left_alone(checkpoint, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("mine")
+    assert main(["export", str(checkpoint()), str(kept)]) == 1
+    assert f"{kept} exists already: name another folder" in capsys.readouterr().err
+    assert [path.name for path in kept.iterdir()] == ["file"]
+
+
+def test_no_space_left(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(checkpoint(), tmp_path, r"takes 0.0 GB and .*outputs has 0.0 GB free: make room")
+
+
+def test_a_disk_that_fills_up_while_writing(checkpoint, tmp_path):
+    """The system's limit on the size of a file stands in for the full disk."""
+    program = f"""
+        import resource, signal, sys
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        from llava_projectors.cli import main
+        sys.exit(main(["export", {str(checkpoint())!r}, {str(tmp_path / "outputs" / "out")!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in done.stderr
+    assert "File too large. Nothing of it is left behind" in done.stderr
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_an_interrupted_export_leaves_nothing(checkpoint, tmp_path):
+    def interrupt(outputs):
+        yield outputs[0]
+        raise KeyboardInterrupt
+
+    refused(checkpoint(), tmp_path, "^$", KeyboardInterrupt, progress=interrupt)
+
+
+# The code that travels
+
+
+def user_type(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
+    (tmp_path / "my_corner.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_corner", raising=False)
+    return __import__("my_corner")
+
+
+CORNER = """
+    {imports}
+    import llava_projectors
+    from torch import nn
+
+    @llava_projectors.register_projector("corner")
+    class Corner(llava_projectors.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 4):
+            super().__init__(mm_hidden_size, hidden_size, layers=None, stride=stride)
+            self.to_llm = nn.Linear(mm_hidden_size, hidden_size)
+
+        def forward(self, features):
+            return self.to_llm(self.to_grid(features)[:, :: self.stride, :: self.stride].flatten(1, 2))
+"""
+
+
+@pytest.mark.parametrize("projector_type", llava_projectors.list_projectors())
+def test_travelling_code_needs_nothing_installed(projector_type):
+    for name, source in travelling_code(projector_type).items():
+        compile(source, name, "exec")
+        assert "import llava_projectors" not in source
+        assert "from llava_projectors" not in source
+
+
+def test_a_type_of_ones_own_travels(tmp_path, monkeypatch):
+    user_type(tmp_path, monkeypatch, CORNER.format(imports="import math"))
+    code = travelling_code("corner:stride=3")
+    assert "from . import registry_corner as llava_projectors" in code["my_corner.py"]
+    assert "from .my_corner import Corner" in code["registry_corner.py"]
+
+
+def test_a_type_that_needs_other_packages_does_not_travel(checkpoint, tmp_path, monkeypatch):
+    user_type(tmp_path, monkeypatch, CORNER.format(imports="import numpy"))
+    with pytest.raises(DoesNotTravel, match="my_corner imports numpy"):
+        travelling_code("corner")
+    folder = checkpoint(mm_projector_type="corner")
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "mm_projector" not in k}
+    weights |= {
+        "model.mm_projector.to_llm.weight": torch.zeros(80, 32),
+        "model.mm_projector.to_llm.bias": torch.zeros(80),
+    }
+    save_file(weights, folder / "model.safetensors")
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "does not travel: my_corner imports numpy" in card
+    assert "trust_remote_code=False" in card
+
+
+# transformers' own LLaVA
+
+
+def test_old_transformers_says_what_it_needs(trained, tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out")
+    with pytest.raises(ImportError, match=r"needs transformers 4.57 or newer, this is 4\."):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_transformers_is_not_touched_before_its_llava_is_imported():
+    program = (
+        "import sys, llava_projectors, transformers; print([m for m in sys.modules if m.startswith('llava_proj')])"
+    )
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
+    assert sorted(eval(done.stdout)) == ["llava_projectors", "llava_projectors.autoload"]
+
+
+def test_checkpoints_are_read_by_their_headers(trained):
+    """Weights wait on disk: reading a checkpoint takes no memory of its size."""
+    found = read_checkpoint(trained("saep").checkpoint)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weight = found.weights["model.mm_projector.aggregate.weight"]
+    assert weight.read().shape == weight.shape == (32, 128)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
