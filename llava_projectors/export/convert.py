@@ -27,7 +27,7 @@ from llava_projectors.export.templates import TEMPLATES, with_start_token
 from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, write_checkpoint
 from llava_projectors.export.tokenizer import export_tokenizer
 from llava_projectors.integration import weights
-from llava_projectors.integration.forks import DROPPED_LAYERS
+from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors import registration
 from llava_projectors.serving.hook import NOT_STOCK
@@ -130,12 +130,16 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None) -> Export:
         raise ExportError(f"{source} has image_aspect_ratio {aspect!r}: high-resolution tiles cannot be exported yet")
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise ExportError(f"{source} has mm_vision_select_feature {config['mm_vision_select_feature']!r}, not 'patch'")
+    for setting in (*SECOND_TOWER_SETTINGS, "s2"):
+        if config.get(setting):
+            raise ExportError(f"{source} has {setting} {config[setting]!r}: one tower at one scale can be exported")
     if not config.get("mm_vision_tower"):
         raise ExportError(f"{source} names no vision tower: its config.json has no mm_vision_tower")
     resolved = _resolve(type_string, config)
     tower = local_folder(config["mm_vision_tower"])
     vision_config = _vision_config(tower)
-    dropped = DROPPED_LAYERS["SigLipVisionTower"] if vision_config["model_type"] == "siglip_vision_model" else 0
+    # LLaVA-NeXT's SigLIP tower drops the last layer and offers no choice.
+    dropped = 1 if vision_config["model_type"] == "siglip_vision_model" else 0
     select_layer = -1 if dropped else config.get("mm_vision_select_layer", -2)
     side = vision_config["image_size"] // vision_config["patch_size"]
     return Export(

@@ -346,6 +346,7 @@ def refused(folder, tmp_path, match, error=ExportError, **arguments):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*cannot be exported yet"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch', not 'patch'"),
         ({"mm_vision_tower": None}, "names no vision tower"),
+        ({"s2": True}, "has s2 True: one tower at one scale"),
         ({"mm_vision_tower": "/no/such/tower"}, "no folder '/no/such/tower'"),
         ({"model_type": "llava_mpt"}, "LLM of model_type 'llava_mpt': llava_llama"),
         ({"num_hidden_layers": 3}, "not whole or of another model: missing: model.layers.2"),
