@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "projectors": {"spec"},
     "registry": {"projectors", "spec"},
     "integration": {"registry", "projectors", "slicing", "spec", "seam_names", "columns", ""},
-    "autoload": {"integration", "seam_names"},
+    "autoload": {"integration", "seam_names", "serving"},
+    "serving": {"registry"},
+    "export": {"registry", "projectors", "integration", "serving"},
+    "plan": {"registry", "spec", "columns"},
     "tiny": set(),
 }
 PROJECTOR_FILES = {"avg_pool", "c_abstractor", "ldpv2", "pixel_shuffle", "resampler", "saep", "tokenpacker"}
