@@ -69,7 +69,7 @@ check-export-on:
 	test -d $(ENV) || $(PYTHON) -m venv $(ENV)
 	$(ENV)/bin/python -m pip install -q -c constraints-export.txt torch transformers==$(TRANSFORMERS) pillow pytest
 	$(ENV)/bin/python -m pip uninstall -q -y llava-projectors
-	EXPORTED=$(EXPORTED) $(ENV)/bin/python $(CHECK) tests/export/check_folders.py
+	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_folders.py
 	$(ENV)/bin/python -m pip install -q --no-deps .
 	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_installed.py
 
