@@ -1,27 +1,33 @@
-"""What `llava-projectors doctor` looks at: the hook, LLaVA, its seams, and the versions around them."""
+"""What `llava-projectors doctor` says: whether our types work here, proven by a tiny model, or why not.
+
+A verdict is *works*, *cannot work* or *not checked*, the last two with the reason and, where there is
+one, the remedy. Every package is imported and tried in a process of its own.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import pkgutil
 import subprocess
 import sys
-import types
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Optional
 
 from llava_projectors import autoload
 from llava_projectors.columns import print_columns
-from llava_projectors.integration import seams
 from llava_projectors.integration.forks import known_forks
+from llava_projectors.integration.seams import SeamReport
+from llava_projectors.integration.trial import CANNOT_WORK, NOT_CHECKED, STOCK_TYPE, WORKS, Report, Trial, run_trial
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "flash-attn")
+DEFAULT_TYPE = "saep"
+
+# First and last version that the tests, or the table of forks, were run on.
+TESTED = {"python": ("3.9", "3.12"), "torch": ("2.0", "2.13"), "transformers": ("4.31", "4.45")}
 
 
 @dataclass
@@ -30,17 +36,21 @@ class PackageDiagnosis:
 
     Attributes:
         package: the name it is imported by.
+        verdict: WORKS, CANNOT_WORK or NOT_CHECKED.
+        reason: what was seen, or why not.
         version: of the distribution that holds it, if one does.
         place: its folder; None when it cannot be found.
-        seams: state of every row of the table of seams.
-        problems: why it cannot be patched, each with a remedy; empty when all is well.
+        seams: state of every row of the table of seams, once the package is patched.
+        trials: one of each LLM class that was built.
     """
 
     package: str
+    verdict: str
+    reason: str
     version: Optional[str] = None
     place: Optional[str] = None
-    seams: list[seams.SeamReport] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    seams: list[SeamReport] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
 
 
 @dataclass
@@ -51,6 +61,7 @@ class Diagnosis:
         python: path of the interpreter that was examined.
         armed: whether a fresh interpreter of this environment has the hook.
         versions: of the libraries around, None where one is not installed.
+        untested: versions outside the tested range, in words.
         packages: one entry for each package examined.
         problems: what concerns no single package.
     """
@@ -58,24 +69,30 @@ class Diagnosis:
     python: str
     armed: bool
     versions: dict[str, Optional[str]]
+    untested: list[str]
     packages: list[PackageDiagnosis]
     problems: list[str]
 
     @property
-    def healthy(self) -> bool:
-        """Whether every package examined is patched in every process of the environment."""
-        return not self.problems and not any(p.problems for p in self.packages)
+    def verdict(self) -> str:
+        """WORKS when every package does, and in every process of the environment; else the worst."""
+        verdicts = [p.verdict for p in self.packages] + [CANNOT_WORK] * bool(self.problems)
+        return next((v for v in (CANNOT_WORK, NOT_CHECKED) if v in verdicts), WORKS)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"healthy": self.healthy, **asdict(self)}
+        return {"verdict": self.verdict, **asdict(self)}
 
 
-def diagnose(packages: list[str]) -> Diagnosis:
+def diagnose(
+    packages: list[str], type_string: str = DEFAULT_TYPE, arguments: Optional[Mapping[str, str]] = None
+) -> Diagnosis:
     """Examine this environment.
 
     Args:
         packages: names to look at, `llava` and forks.
+        type_string: the projector to try them with.
+        arguments: settings of the training script, where they differ from its defaults.
     """
     problems = []
     armed = _starts_armed()
@@ -89,7 +106,29 @@ def diagnose(packages: list[str]) -> Diagnosis:
             f"run `{sys.executable} -m pip install llava-projectors`"
         )
     versions = {name: _version(name) for name in LIBRARIES}
-    return Diagnosis(sys.executable, armed, versions, [_diagnose_package(p) for p in packages], problems)
+    untested = untested_versions({**versions, "python": "{}.{}".format(*sys.version_info)})
+    diagnoses = [_diagnose_package(p, type_string, arguments or {}, untested) for p in packages]
+    return Diagnosis(sys.executable, armed, versions, untested, diagnoses, problems)
+
+
+def untested_versions(versions: Mapping[str, Optional[str]]) -> list[str]:
+    """What lies outside the tested range, in words.
+
+    Example:
+        >>> untested_versions({"transformers": "5.1.0", "torch": "2.4.1+cu121", "python": "3.11"})
+        ['transformers 5.1.0 is outside the tested 4.31 to 4.45']
+    """
+    return [
+        f"{name} {version} is outside the tested {first} to {last}"
+        for name, (first, last) in TESTED.items()
+        for version in [versions.get(name)]
+        if version is not None and not _minor(first) <= _minor(version) <= _minor(last)
+    ]
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
 
 
 def _starts_armed() -> bool:
@@ -104,41 +143,69 @@ def _version(distribution: str) -> Optional[str]:
         return None
 
 
-def _diagnose_package(package: str) -> PackageDiagnosis:
-    diagnosis = PackageDiagnosis(package)
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        diagnosis.problems.append(
+def _diagnose_package(
+    package: str, type_string: str, arguments: Mapping[str, str], untested: list[str]
+) -> PackageDiagnosis:
+    place = _place(package)
+    if place is None:
+        return PackageDiagnosis(
+            package,
+            NOT_CHECKED,
             f"no package {package!r} can be imported here: install LLaVA in this environment "
-            f"(`pip install -e .` in its checkout), or name your fork's package with --package; tried: {known_forks()}"
+            f"(`pip install -e .` in its checkout), or name your fork's package with --package; tried: {known_forks()}",
         )
-        return diagnosis
-    diagnosis.place = next(iter(spec.submodule_search_locations), None)
-    diagnosis.version = _package_version(package, diagnosis.place)
-    error = _import_error(package)
-    if error is not None:
-        diagnosis.problems.append(f"importing {package!r} fails, with or without this plugin: {error}")
-        return diagnosis
-    for name, required in _seam_modules(package).items():
-        try:
-            importlib.import_module(name)
-        except Exception as failure:  # LLaVA itself does without a model that cannot be imported
-            if required:
-                diagnosis.problems.append(f"importing {name} fails: {type(failure).__name__}: {failure}")
-    diagnosis.seams = seams.report(package)
-    rows = [row for row, seam in zip(diagnosis.seams, seams.SEAMS) if seam.required]
-    absent = [row.seam for row in rows if row.state in ("missing", "waiting")]
-    if absent:
-        diagnosis.problems.append(
-            f"{package} has no {' and no '.join(absent)}: it is no LLaVA, or a fork laid out so differently "
-            f"that our types cannot be used with it; tried: {known_forks()}"
+    report = _try(package, type_string, arguments)
+    verdict, reason = _sum_up(report.trials)
+    if verdict == WORKS and package not in autoload.armed_packages() and not autoload.is_disabled():
+        verdict = CANNOT_WORK
+        reason = (
+            f"{package} can be patched but is not: set {autoload.PACKAGES_VARIABLE}={package}, or call "
+            f"llava_projectors.patch({package!r}) before training and serving; then it works ({reason})"
         )
-    elif any(row.state == "found" for row in rows):
-        diagnosis.problems.append(
-            f"{package} can be patched but is not: set LLAVA_PROJECTORS_PACKAGES={package}, "
-            f"or call llava_projectors.patch({package!r}) before training and serving"
-        )
-    return diagnosis
+    elif verdict != WORKS and untested:
+        reason += f" ({'; '.join(untested)})"
+    return PackageDiagnosis(
+        package, verdict, reason, _package_version(package, place), place, report.seams, report.trials
+    )
+
+
+def _place(package: str) -> Optional[str]:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    return next(iter(spec.submodule_search_locations or ()), None) if spec else None
+
+
+def _try(package: str, type_string: str, arguments: Mapping[str, str]) -> Report:
+    """A trial with our type; where that ends in an error that is not ours, another without this plugin."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = run_trial(package, type_string, arguments, folder)
+    if any(trial.foreign for trial in report.trials):
+        with tempfile.TemporaryDirectory() as folder:
+            stock = {t.model: t for t in run_trial(package, STOCK_TYPE, arguments, folder, stock=True).trials}
+        for trial in report.trials:
+            alone = stock.get(trial.model)
+            if trial.foreign and (alone is None or alone.verdict != WORKS):
+                trial.verdict = NOT_CHECKED
+                cause = "" if alone is None else f": {alone.reason}"
+                trial.reason = f"{trial.model} cannot be run on tiny parts without this plugin either{cause}"
+            elif trial.foreign:
+                trial.reason = (
+                    f"{trial.model} runs with {STOCK_TYPE!r}, and with {type_string!r} it fails: {trial.reason}"
+                )
+    return report
+
+
+def _sum_up(trials: list[Trial]) -> tuple[str, str]:
+    """One verdict for a package: what cannot work comes first, then what does."""
+    for verdict in (CANNOT_WORK, WORKS, NOT_CHECKED):
+        found = [trial for trial in trials if trial.verdict == verdict]
+        if found:
+            names = [trial.model for trial in found if trial.model and trial.model not in trial.reason]
+            reason = found[0].reason + (f", with {', '.join(names)}" if names else "")
+            return verdict, reason
+    return NOT_CHECKED, "nothing was tried"
 
 
 def _package_version(package: str, place: Optional[str]) -> Optional[str]:
@@ -157,48 +224,6 @@ def _package_version(package: str, place: Optional[str]) -> Optional[str]:
     return None
 
 
-def _import_error(package: str) -> Optional[str]:
-    """Why the package cannot be imported, or None.
-
-    LLaVA hides errors inside its models behind a bare `except: pass` and then fails on a name that
-    is not there; the models are imported one by one, below an empty parent, to see the cause.
-    """
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            importlib.import_module(package)
-            return None
-        except Exception as failure:
-            shown = f"{type(failure).__name__}: {failure}"
-            if not (type(failure) is ImportError and "cannot import name" in str(failure)):
-                return shown
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        parent = types.ModuleType(package)
-        parent.__path__ = list(spec.submodule_search_locations or ())
-        sys.modules[package] = parent
-        try:
-            for name in _submodules(f"{package}.model.language_model", "*"):
-                importlib.import_module(name)
-        except Exception as cause:
-            shown += f" (the cause, which {package} hides: {type(cause).__name__}: {cause})"
-        finally:
-            del sys.modules[package]
-    return shown
-
-
-def _seam_modules(package: str) -> dict[str, bool]:
-    """Modules that the table of seams means, wildcards resolved in the folder -> whether one in it is required."""
-    return dict.fromkeys(_submodules(f"{package}.model", "*"), False)
-
-
-def _submodules(parent: str, pattern: str) -> list[str]:
-    try:
-        path = importlib.import_module(parent).__path__
-    except (ImportError, AttributeError):
-        return []
-    return [f"{parent}.{m.name}" for m in pkgutil.iter_modules(path) if fnmatchcase(m.name, pattern)]
-
-
 def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
     """Print it for people, or as JSON."""
     if as_json:
@@ -206,11 +231,16 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
         return
     print(f"python        {diagnosis.python}")
     print(f"hook          {'armed' if diagnosis.armed else 'not armed'} in a fresh interpreter")
+    print("versions      " + ", ".join(f"{name} {version or '-'}" for name, version in diagnosis.versions.items()))
+    for note in diagnosis.untested:
+        print(f"note          {note}")
     for package in diagnosis.packages:
         print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
         print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams], "    ")
-    print("versions      " + ", ".join(f"{name} {version or '-'}" for name, version in diagnosis.versions.items()))
-    for problem in [*diagnosis.problems, *(p for package in diagnosis.packages for p in package.problems)]:
+        print_columns([(trial.verdict, trial.model or "", trial.reason) for trial in package.trials], "    ")
+    for problem in diagnosis.problems:
         print(f"PROBLEM: {problem}")
-    if diagnosis.healthy:
+    for package in diagnosis.packages:
+        print(f"{package.package}: {package.verdict}: {package.reason}")
+    if diagnosis.verdict == WORKS:
         print("All is well: pass --mm_projector_type saep (or tokenpacker) to LLaVA's scripts.")

@@ -299,6 +299,24 @@ def _report_seam(package: str, seam: Seam, modules: list[ModuleType]) -> SeamRep
     return SeamReport(str(seam), state, tuple(f"{_describe(owner)}.{name}" for owner, name in owners))
 
 
+# What LLaVA calls the arguments in which its functions get a config, or the settings of a training script.
+_CONFIG_NAMES = ("cfg", "config", "args")
+
+
+def wrong_signatures(package: str) -> list[str]:
+    """Required functions and methods that do not take a config, or arguments, where LLaVA's do; one line each."""
+    wrong = []
+    for seam in (seam for seam in SEAMS if seam.required):
+        for module in _modules(package):
+            for owner, name in _owners(seam, module):
+                parameters = [*inspect.signature(inspect.getattr_static(owner, name)).parameters.values()]
+                taken = parameters[int(seam.of_class) :][:1]
+                if not any(p.kind is p.VAR_POSITIONAL or any(n in p.name for n in _CONFIG_NAMES) for p in taken):
+                    shown = ", ".join(p.name for p in parameters)
+                    wrong.append(f"{_describe(owner)}.{name} takes ({shown})")
+    return wrong
+
+
 def _describe(place: Owner) -> str:
     return place.__name__ if isinstance(place, ModuleType) else f"{place.__module__}.{place.__qualname__}"
 

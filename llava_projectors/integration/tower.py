@@ -308,7 +308,7 @@ def see_real_grid(tower: Any) -> None:
     Raises:
         ProjectorSpecError: its features cannot serve the projector.
     """
-    size, weight = _picture_size(tower), next(tower.parameters(), None)
+    size, weight = picture_size(tower), next(tower.parameters(), None)
     if size is None or weight is None or weight.is_meta or hasattr(weight, "ds_id"):
         return
     try:
@@ -319,7 +319,7 @@ def see_real_grid(tower: Any) -> None:
         tower.see_grid(embedding.weight.shape[0])
 
 
-def _picture_size(tower: Any) -> Optional[int]:
+def picture_size(tower: Any) -> Optional[int]:
     """Side of the pictures that the tower's processor makes, in pixels."""
     processor = getattr(tower, "image_processor", None)
     for value in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
