@@ -14,7 +14,10 @@ SEAM_FUNCTIONS = frozenset(
     {"build_vision_tower", "build_image_tower", "build_vision_projector", "build_image_projector",
      "load_pretrained_model"}
 )  # fmt: skip
-SEAM_METHODS = frozenset({"initialize_vision_modules", "prepare_inputs_labels_for_multimodal"})
+SEAM_METHODS = frozenset(
+    {"initialize_vision_modules", "initialize_seg_modules", "initialize_depth_modules",
+     "prepare_inputs_labels_for_multimodal"}
+)  # fmt: skip
 SEAM_CLASS_ENDING = "ForCausalLM"
 
 

@@ -236,7 +236,7 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
         print(f"note          {note}")
     for package in diagnosis.packages:
         print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
-        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams], "    ")
+        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams if seam.where], "    ")
         print_columns([(trial.verdict, trial.model or "", trial.reason) for trial in package.trials], "    ")
     for problem in diagnosis.problems:
         print(f"PROBLEM: {problem}")

@@ -22,7 +22,7 @@ class Fork:
         second_tower: settings that bring a second vision tower, which reads the features of the
             first as those of one layer.
         refused_settings: setting -> the values with which our types work, and why the others exclude
-            them; what is not set at all is fine.
+            them, and what to do where no value is left; what is not set at all is fine.
     """
 
     name: str
@@ -46,6 +46,30 @@ FORKS = (
         "0f8936c",
         "dc",
         refused_settings={"mm_dense_connector_type": (("none",), "it joins hidden states of its own choice")},
+    ),
+    # The first setting is an argument of its training script, the second stands in its config.
+    Fork(
+        "Video-LLaVA",
+        "PKU-YuanGroup/Video-LLaVA",
+        "984e65b",
+        "videollava",
+        refused_settings=dict.fromkeys(
+            ("video_tower", "mm_video_tower"),
+            ((), "it gives the projector frames with their CLS tokens. Train with the image tower alone"),
+        ),
+    ),
+    Fork(
+        "LLaVA-Mini",
+        "ictnlp/LLaVA-Mini",
+        "47da113",
+        "llavamini",
+        refused_settings={
+            "compressor_size": (
+                (),
+                "its compressor puts one visual token in the place of an image's, and calls the projector twice. "
+                "Train with its own projector types",
+            )
+        },
     ),
 )
 

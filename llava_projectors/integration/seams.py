@@ -84,6 +84,14 @@ SEAMS = (
         wrappers.settings_of_training,
         wrappers.initialize_vision_modules,
     ),
+    Seam(
+        "further initializers",
+        ("initialize_seg_modules", "initialize_depth_modules"),
+        True,
+        wrappers.settings_of_model_in_use,
+        wrappers.initialize_other_readers,
+        required=False,
+    ),
     # transformers defines it, one of its own on LLaVA's class comes before it: the loading report, which
     # says what a checkpoint lacked, is to be had nowhere else.
     Seam(

@@ -17,7 +17,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, Callable, ClassVar, Optional
 
 import torch
@@ -26,12 +26,15 @@ from torch import nn
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.image_processor import set_slicing
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
+from llava_projectors.projectors.base import Projector
 from llava_projectors.registry import ResolvedSpec
 from llava_projectors.slicing import Slicing, slicing_of
 from llava_projectors.spec import ProjectorSpecError, format_value
 
 # How LLaVA and its forks call the method that gives a model's tower.
 TOWER_GETTERS = ("get_vision_tower", "get_image_tower")
+# An attribute of a module that has been told once.
+_READS_ONE_LAYER = "_reads_one_layer"
 
 
 class ReducedTower(nn.Module):
@@ -300,6 +303,26 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
         tower.set_slicing(slicing)
 
 
+def give_other_readers_one_layer(model: Any) -> None:
+    """Let other projectors of a model, which read the same tower, see the one layer that LLaVA itself selects.
+
+    Theirs are named like `seg_mm_projector`. The layer is the last block of what the tower returns.
+    """
+    tower = find_tower(model)
+    if not isinstance(tower, MultiLayerTower):
+        return
+    for name, module in model.named_children():
+        is_other = name.endswith("_mm_projector") and not isinstance(module, Projector)
+        if is_other and not getattr(module, _READS_ONE_LAYER, False):
+            module.register_forward_pre_hook(partial(_last_channels, tower.hidden_size))
+            setattr(module, _READS_ONE_LAYER, True)
+
+
+def _last_channels(channels: int, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    features, *rest = inputs
+    return (features[..., -channels:], *rest)
+
+
 def see_real_grid(tower: Any) -> None:
     """Run a loaded tower once on a black picture, so that what is announced, and refused, is what it returns.
 
@@ -359,7 +382,8 @@ def refuse_unsupported(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
         value = getattr(cfg, setting, None)
         if value is not None and value not in accepted:
             raise ProjectorSpecError(
-                f"{prefix} and --{setting} {value} exclude each other: {reason}. Pass --{setting} {accepted[0]}"
+                f"{prefix} and --{setting} {value} exclude each other: {reason}"
+                + (f". Pass --{setting} {accepted[0]}" if accepted else "")
             )
 
 

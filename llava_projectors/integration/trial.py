@@ -53,6 +53,9 @@ TINY_LLM = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
+    "d_model": 64,
+    "n_layers": 2,
+    "n_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
@@ -312,6 +315,7 @@ def make_tower(path: Path, image_size: int = 336, patch_size: int = 14) -> None:
     """Write a CLIP vision checkpoint with the usual grid and depth and 32 channels."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+    torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -425,12 +429,13 @@ def run_once(model: Any) -> Seen:
 
 
 def forms_of_pictures(tower: Any) -> Iterator[Union[torch.Tensor, list[torch.Tensor]]]:
-    """Two pictures as one tensor and as a list, of the processor's size and of the position embedding's."""
+    """Two pictures as one tensor, as a list, and as samples of one each, of the processor's size and of the embedding's."""
     for size in dict.fromkeys((picture_size(tower) or 336, embedded_size(tower))):
         if size is not None:
             pictures = torch.randn(2, 3, size, size)
             yield pictures
             yield list(pictures)
+            yield pictures.unsqueeze(1)
 
 
 def embedded_size(tower: Any) -> Optional[int]:
@@ -477,7 +482,7 @@ def first_layer(model: Any, tower: nn.Module) -> nn.Module:
         if is_stack and module not in inside:
             layer: nn.Module = module[0]
             return layer
-    raise CannotWork(f"{type(model).__name__} has no list of layers")
+    raise LookupError(f"{type(model).__name__} has no list of layers")
 
 
 def check(model: Any, seen: Seen) -> str:

@@ -21,7 +21,13 @@ from llava_projectors import registry
 from llava_projectors.integration import high_resolution, record, weights
 from llava_projectors.integration.gate import Package, is_our_type
 from llava_projectors.integration.log import log
-from llava_projectors.integration.tower import ReducedTower, convert_tower, find_tower, see_real_grid
+from llava_projectors.integration.tower import (
+    ReducedTower,
+    convert_tower,
+    find_tower,
+    give_other_readers_one_layer,
+    see_real_grid,
+)
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError
 
@@ -59,6 +65,7 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
 def construct_model(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> None:
     """For `__init__(self, config)` of LLaVA's meta model, which builds tower and projector of a checkpoint."""
     original(model, *args, **kwargs)
+    give_other_readers_one_layer(model)
     announce(model)
 
 
@@ -84,6 +91,19 @@ def initialize_vision_modules(
     record.write(model)
     if trained is None:
         announce(model)
+    return result
+
+
+def settings_of_model_in_use(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The config of the model that a method is called on."""
+    model, *_ = arguments.values()
+    return (model.config,)
+
+
+def initialize_other_readers(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """For methods that add further readers of the vision tower: a segmentation or a depth projector."""
+    result = original(model, *args, **kwargs)
+    give_other_readers_one_layer(model)
     return result
 
 

@@ -111,6 +111,13 @@ class Projector(nn.Module):
             )
         return features.reshape(features.shape[0], side, side, expected)
 
+    def __getitem__(self, index: int) -> nn.Linear:
+        """The linear layers by their place: LLaVA's own projectors are an `nn.Sequential`.
+
+        Forks read dtype and device of `mm_projector[0].weight`, and set the bias of `mm_projector[-1]`.
+        """
+        return [module for module in self.modules() if isinstance(module, nn.Linear)][index]
+
     def extra_repr(self) -> str:
         """The sizes, for `print(model)`."""
         return (

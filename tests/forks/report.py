@@ -1,0 +1,99 @@
+"""docs/forks.md from what the matrix found."""
+
+import json
+import platform
+
+import torch
+
+from tests.forks.table import ROWS
+
+INTRODUCTION = """\
+# Forks of LLaVA
+
+Every fork below was checked out as published and run on a CPU by `make forks FORKS=DIR`, with a tiny
+random CLIP tower (24 layers, 336 px) and a tiny random LLM in the fork's own classes. Nothing of a fork
+was changed. The same checks run on each:
+
+- **Visual tokens**: built with `{type}` through the fork's own `initialize_vision_modules`, two pictures through its
+  own forward, tokens counted at the first layer of its LLM; the projector was called once for each call of the tower,
+  with what the tower returned, and got gradients.
+- **Saved, loaded**: by `save_pretrained` and `from_pretrained`; weights and visual tokens are the same bits.
+- **Its script**: two steps of the fork's own training script, full fine-tuning with `{type}`, on a CPU.
+- **Its own type**: weights, loss and gradients of its default projector are the same bits with the plugin on and
+  off; where the fork fails by itself, the error is the same.
+- **doctor**: what `llava-projectors doctor` says. Exit status 0 only for *works*.
+
+*not checked* means that the fork itself could not be run here, with any projector. Forks whose usual tower is not
+CLIP are marked; what was not tried with that tower is not claimed.
+
+"""
+
+
+def write_table(results, table):
+    """One line a fork, then the reasons."""
+    found = [json.loads(p.read_text()) for r in ROWS for p in [results / f"{r.folder}.json"] if p.is_file()]
+    lines = [INTRODUCTION.format(type="saep"), f"Python {platform.python_version()}, torch {torch.__version__}.\n\n"]
+    counts = {v: sum(one["doctor"]["verdict"] == v for one in found) for v in ("works", "cannot work", "not checked")}
+    lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}.\n\n")
+    lines.append("| fork, commit | package | transformers | doctor | visual tokens | saved, loaded | its script | its own type |\n")
+    lines.append("|---|---|---|---|---|---|---|---|\n")
+    lines += [line_of(one) for one in sorted(found, key=lambda one: list(counts).index(one["doctor"]["verdict"]))]
+    lines.append("\n## Why, and with what\n\n")
+    lines += [f"- **{one['fork']}**: {' '.join(notes_of(one))}\n" for one in found if notes_of(one)]
+    table.write_text("".join(lines))
+
+
+def line_of(one):
+    """A row of the table."""
+    cells = [
+        f"[{one['fork']}](https://github.com/{one['repository']}) {one['commit']}",
+        f"`{one['package']}`",
+        one["transformers"],
+        f"**{one['doctor']['verdict']}**",
+        tokens_of(one),
+        saved_of(one),
+        script_of(one),
+        "same" if one["unharmed"] else "**other**",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def tokens_of(one):
+    seen = {trial["seen"].split(" visual")[0] for trial in one["with"].get("ours", []) if "seen" in trial}
+    return ", ".join(sorted(seen)) or "-"
+
+
+def saved_of(one):
+    kept = {trial["save_and_load"] for trial in one["with"].get("ours", []) if "save_and_load" in trial}
+    return ", ".join(sorted(kept)) or "-"
+
+
+def script_of(one):
+    training = one.get("training")
+    if training is None:
+        return "-"
+    losses = training["losses"]
+    return "loss " + ", ".join(f"{loss:.2f}" for loss in losses) if losses else "did not run here"
+
+
+def notes_of(one):
+    """What the table has no room for."""
+    notes = []
+    if one["arguments"]:
+        notes.append("With " + ", ".join(f"`--{name} {value}`" for name, value in one["arguments"].items()) + ".")
+    if one["tower"] != "CLIP":
+        notes.append(f"Tried with CLIP; its usual tower is {one['tower']}.")
+    works = [t for t in one["with"].get("ours", []) if "seen" in t]
+    if works:
+        notes.append("LLMs: " + ", ".join(t["model"] for t in works) + ".")
+    if one["doctor"]["verdict"] != "works":
+        notes.append(f"{one['doctor']['reason'].rstrip('.')}.")
+    else:
+        others = [t for t in one["doctor"].get("trials", []) if t["verdict"] != "works"]
+        notes += [f"{t['verdict'].capitalize()}: {t['reason'].rstrip('.')}." for t in others]
+    training = one.get("training")
+    if training and not training["losses"]:
+        notes.append(f"Its script ended with: `{training['end'].strip()[:160]}`.")
+    if one["stand_ins"]:
+        notes.append(f"Imported, never called, with stand-ins for {', '.join(one['stand_ins'])}.")
+    return notes
