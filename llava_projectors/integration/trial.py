@@ -351,6 +351,7 @@ def training_arguments(package: str, type_string: str, given: Mapping[str, str])
     arguments = _Anything() if own is None else own()
     settings: dict[str, Any] = {
         "vision_tower": TOWER,
+        "mm_vision_tower": TOWER,
         "image_tower": TOWER,
         "mm_projector_type": type_string,
         "mm_vision_select_layer": -2,

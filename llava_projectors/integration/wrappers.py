@@ -55,7 +55,10 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
     resolved = registry.resolve(cfg.mm_projector_type, cfg)
     # The tower's config is enough for every check, so the weights wait until all have passed.
     load_now = not kwargs.pop("delay_load", False)
-    tower = original(cfg, *args, delay_load=True, **kwargs)
+    try:
+        tower = original(cfg, *args, delay_load=True, **kwargs)
+    except Exception:  # some forks' towers are not prepared to wait; a real error comes again
+        tower = original(cfg, *args, delay_load=not load_now, **kwargs)
     convert_tower(tower, resolved, cfg)
     if load_now and not tower.is_loaded:
         tower.load_model()

@@ -1,17 +1,119 @@
-"""The checks of one fork that run in its own process: its own type, then ours. Prints one line of JSON.
+"""Runs jobs, one line of JSON each on stdin, every one in a fork of this process; answers on stdout.
 
-`python child.py REQUEST`, in an empty folder; whether this plugin is armed is the caller's choice.
+This process imports torch and transformers and nothing else: what a fork of LLaVA imports, and whether
+this plugin is armed, is settled in the process of the job.
 """
 
 import contextlib
 import hashlib
+import importlib
 import json
+import multiprocessing
+import os
+import runpy
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import torch
+import transformers.models.clip.modeling_clip
+import transformers.models.llama.modeling_llama
+import transformers.trainer  # noqa: F401
 
-from llava_projectors.integration import trial
+from llava_projectors import autoload
+from llava_projectors.integration import doctor, trial
+from llava_projectors.tiny import train
+
+SECONDS = 900
+OURS = (*trial.OUR_ERRORS, trial.CannotWork)
+
+
+# A process for each job
+
+
+def main():
+    for line in sys.stdin:
+        print(json.dumps(in_fork(perform, json.loads(line))), flush=True)
+
+
+def in_fork(function, *arguments):
+    """What the function returns in a fork of this process, or {"error": ...}."""
+    with tempfile.TemporaryDirectory(prefix="llava") as folder:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=answer, args=(Path(folder), function, *arguments))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        try:
+            return json.loads((Path(folder) / "answer.json").read_text())
+        except OSError:
+            return {"error": f"the process ended with status {process.exitcode}"}
+
+
+def answer(folder, function, *arguments):
+    os.chdir(folder)
+    try:
+        found = function(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        found = {"error": trial.one_line(error)}
+    sys.stderr.flush()
+    (folder / "answer.json").write_text(json.dumps(found))
+
+
+def perform(job):
+    """One job, in a process that finds the fork and its stand-ins, and has the plugin armed or not."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.path.insert(0, job["checkout"])
+    import sitecustomize
+
+    sitecustomize.stand_in_for(job["stand_ins"])
+    if job["armed"]:
+        os.environ[autoload.DISABLE_VARIABLE] = ""
+        os.environ[autoload.PACKAGES_VARIABLE] = job["package"]
+        autoload.arm_from_environment()  # as the start-up file does
+    with contextlib.redirect_stdout(sys.stderr):
+        return {"models": run_models, "doctor": run_doctor, "train": run_training}[job["job"]](job)
+
+
+# The jobs
+
+
+def run_models(job):
+    """Every LLM class of the package: with its own type, and when armed, with ours."""
+    watch = trial.FirstErrors(job["package"])
+    sys.meta_path.insert(0, watch)
+    try:
+        importlib.import_module(job["package"])
+    except Exception as error:
+        return {"error": trial.one_line(watch.cause_of(error))}
+    classes, failures = trial.find_models(job["package"])
+    trial.make_tower(Path(trial.TOWER))
+    return {
+        "failures": {name: trial.one_line(watch.cause_of(error)) for name, error in failures.items()},
+        "stock": {cls.__name__: with_its_own(cls, job) for cls in classes},
+        "ours": [with_ours(cls, job) for cls in classes] if job["armed"] else [],
+    }
+
+
+def with_its_own(cls, job):
+    """A digest of weights, gradients and loss with the fork's default type, or its error."""
+    own = trial.own_arguments(job["package"])
+    own_type = getattr(own(), "mm_projector_type", None) if own else None
+    try:
+        model = trial.build(cls, job["package"], own_type or trial.STOCK_TYPE, job["arguments"])
+        torch.manual_seed(1)
+        seen = trial.run_once(model)
+    except Exception as error:
+        return trial.one_line(error) + trial.place_of(error)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return f"{digest(model.parameters())} {digest(gradients)} {seen.positions} {seen.loss!r}"
 
 
 def digest(tensors):
@@ -22,40 +124,20 @@ def digest(tensors):
     return found.hexdigest()[:16]
 
 
-def same_as_ever(classes, request):
-    """Each class with the fork's own default type: its weights and what it answers, or its error."""
-    own = trial.own_arguments(request["package"])
-    own_type = getattr(own(), "mm_projector_type", None) if own else None
-    answers = {}
-    for cls in classes:
-        try:
-            model = trial.build(cls, request["package"], own_type or trial.STOCK_TYPE, request["arguments"])
-            torch.manual_seed(1)
-            seen = trial.run_once(model)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            answers[cls.__name__] = f"{digest(model.parameters())} {digest(gradients)} {seen.positions} {seen.loss!r}"
-        except Exception as error:
-            answers[cls.__name__] = trial.one_line(error) + trial.place_of(error)
-    return answers
-
-
-def with_ours(cls, request):
-    """Build, forward, backward, save and load one class with our type."""
+def with_ours(cls, job):
+    """Build, forward, backward, save and load with our type."""
     row = {"model": cls.__name__}
     try:
-        model = trial.build(cls, request["package"], request["type"], request["arguments"])
+        model = trial.build(cls, job["package"], job["type"], job["arguments"])
         row["seen"] = trial.check(model, trial.run_once(model))
-        arguments = trial.training_arguments(request["package"], request["type"], request["arguments"])
-        for name in request["config"]:
+        arguments = trial.training_arguments(job["package"], job["type"], job["arguments"])
+        for name in job["config"]:
             setattr(model.config, name, getattr(arguments, name))
         row["save_and_load"] = save_and_load(cls, model)
     except Exception as error:
-        trial.traceback.print_exc()
+        traceback.print_exc()
         row["error"] = str(error).strip().split("\n")[0] if isinstance(error, OURS) else trial.one_line(error)
     return row
-
-
-OURS = (*trial.OUR_ERRORS, trial.CannotWork)
 
 
 def save_and_load(cls, model):
@@ -70,7 +152,7 @@ def save_and_load(cls, model):
     weights, again = (m.get_model().mm_projector.state_dict() for m in (model, loaded))
     if weights.keys() != again.keys() or not all(torch.equal(weights[k], again[k]) for k in weights):
         return "other weights"
-    size = next(trial.forms_of_pictures(tower)).shape[-1]
+    size = trial.embedded_size(tower) or trial.picture_size(tower)
     picture = torch.randn(1, 3, size, size)
     with torch.no_grad():
         before, after = (
@@ -81,27 +163,51 @@ def save_and_load(cls, model):
     return "bit for bit" if torch.equal(before, after) else "other tokens"
 
 
-def main():
-    request = json.loads(sys.argv[1])
-    with contextlib.redirect_stdout(sys.stderr):
-        answer = run(request)
-    print(json.dumps(answer))
+def run_doctor(job):
+    """The diagnosis of the package; its trials are forks of this process too."""
+
+    def run_trial(package, type_string, arguments, folder, stock=False):
+        report = in_fork(try_package, package, type_string, arguments, stock)
+        if "error" in report:
+            return trial.Report([], [trial.Trial(trial.NOT_CHECKED, report["error"])])
+        rows = [doctor.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in report["seams"]]
+        return trial.Report(rows, [trial.Trial(**one) for one in report["trials"]])
+
+    doctor.run_trial = run_trial
+    diagnosis = doctor.diagnose([job["package"]], job["type"], job["arguments"]).as_dict()
+    package = diagnosis["packages"][0]
+    return {"verdict": package["verdict"], "reason": package["reason"], "trials": package["trials"]}
 
 
-def run(request):
-    package = request["package"]
-    watch = trial.FirstErrors(package)
-    sys.meta_path.insert(0, watch)
+def try_package(package, type_string, arguments, stock):
+    """As in a process of doctor's: nothing is armed before it begins."""
+    autoload.unpatch(package)
+    return trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, stock))
+
+
+def run_training(job):
+    """Losses of two steps of the fork's own training script, or its error."""
+    data = Path(job["data"])
+    settings = train.finetune_arguments(data / "data" / "finetune.json", data / "data" / "images", None, max_steps=2)
+    tower, llm = data / "openai" / "clip-vit", data / "vicuna"
+    options = train.training_command(Path("llava-out"), llm, tower, job["type"], **settings)[3:]
+    for name, value in {**job["arguments"], **job["settings"]}.items():
+        if value is None:  # a setting of LLaVA's that this script does not know
+            place = options.index(f"--{name}")
+            del options[place : place + 2]
+        else:
+            options += [f"--{name}", value.replace("TOWER", str(tower))]
+    sys.argv = [job["script"], *options]
+    error = ""
     try:
-        trial.importlib.import_module(package)
-    except Exception as error:
-        return {"import": trial.one_line(watch.cause_of(error))}
-    classes, failures = trial.find_models(package)
-    answer = {"failures": {name: trial.one_line(watch.cause_of(error)) for name, error in failures.items()}}
-    trial.make_tower(Path(trial.TOWER))
-    answer["stock"] = same_as_ever(classes, request)
-    answer["ours"] = [with_ours(cls, request) for cls in classes] if request["with_ours"] else []
-    return answer
+        runpy.run_module(job["script"], run_name="__main__", alter_sys=True)
+    except BaseException as failure:
+        traceback.print_exc()
+        error = trial.one_line(failure)
+    try:
+        return {"losses": train.losses(Path("llava-out")), "end": error}
+    except OSError:
+        return {"losses": [], "end": error or "no record of its losses"}
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ ROWS = (
     Row("TinyLLaVA_Factory", "TinyLLaVA/TinyLLaVA_Factory", "tinyllava", "4.41.2"),
     Row("mPLUG-DocOwl", "X-PLUG/mPLUG-DocOwl", "tinychart", below="TinyChart", tower="SigLIP with merging"),
     Row("VideoChat-Flash", "OpenGVLab/VideoChat-Flash", "llava", "4.41.2", below="llava-train_videochat",
-        stand_ins=("flash_attn", "av", "torchaudio", "psutil", "apex", "decord", "imageio", "cv2", "s2wrapper")),
+        stand_ins=("flash_attn", "av", "torchaudio", "apex", "decord", "imageio", "cv2", "s2wrapper")),
     Row("LLaVA-Mini", "ictnlp/LLaVA-Mini", "llavamini"),
     Row("MoE-LLaVA", "PKU-YuanGroup/MoE-LLaVA", "moellava"),
     Row("cambrian", "cambrian-mllm/cambrian", "cambrian", stand_ins=("diffusers",)),

@@ -1,21 +1,17 @@
 """On PYTHONPATH of a fork's process: lets CUDA-only packages be imported where there is no CUDA.
 
 torchvision's CUDA wheel registers its operators in a library that a CPU torch cannot load; they are
-declared, never called. FORKS_STAND_INS names packages that a fork imports and these checks never call;
+declared, never called. `stand_in_for` takes packages that a fork imports and these checks never call;
 every attribute of theirs is an empty class.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import re
 import sys
 import types
 from pathlib import Path
-
-STAND_INS = set(filter(None, os.environ.get("FORKS_STAND_INS", "").split(",")))
-
 
 class StandIn(types.ModuleType):
     def __getattr__(self, name):
@@ -27,8 +23,11 @@ class StandIn(types.ModuleType):
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages):
+        self.packages = set(packages)
+
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in STAND_INS:
+        if name.split(".")[0] in self.packages:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -68,5 +67,7 @@ class TorchVision(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, TorchVision())
-if STAND_INS:
-    sys.meta_path.insert(0, StandIns())
+
+
+def stand_in_for(packages):
+    sys.meta_path.insert(0, StandIns(packages))

@@ -1,0 +1,249 @@
+"""`llava-projectors doctor` is never wrong: each verdict against a copy of LLaVA with one fork's peculiarity."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import llava
+import pytest
+import torch
+from torch import nn
+
+from llava_projectors.integration import doctor, tower, trial
+
+LLAVA = Path(llava.__file__).parent
+ARCH, TOWERS, PROJECTORS = (
+    f"model/{name}.py" for name in ("llava_arch", "multimodal_encoder/builder", "multimodal_projector/builder")
+)
+
+
+def say(*arguments, status=0, **environment):
+    command = [sys.executable, "-m", "llava_projectors", "doctor", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, **environment})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """Make a copy of LLaVA called myfork, for Llama alone, with texts replaced; returns what doctor says of it."""
+
+    def examine(*changes, type_string="saep", **arguments):
+        folder = tmp_path / "myfork"
+        shutil.copytree(LLAVA, folder, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval", "*_m*t*.py"))
+        for path in folder.rglob("*.py"):
+            path.write_text(path.read_text().replace("llava.", "myfork.").replace("from llava ", "from myfork "))
+        for name, old, new in changes:
+            text = (folder / name).read_text()
+            assert old in text
+            (folder / name).write_text(text.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("LLAVA_PROJECTORS_PACKAGES", "myfork")
+        monkeypatch.setattr(doctor.autoload, "armed_packages", lambda: ("llava", "myfork"))
+        return doctor.diagnose(["myfork"], type_string, arguments).packages[0]
+
+    return examine
+
+
+CALL = "image_features = self.get_model().mm_projector(image_features)"
+
+
+def test_llava_itself():
+    out = say()
+    assert "armed in a fresh interpreter" in out
+    assert "1.2.2.post1" in out
+    assert "works        LlavaLlamaForCausalLM    576 -> 144 visual tokens at the first layer of its LLM" in out
+    assert "llava: works: 576 -> 144 visual tokens" in out
+    # The forward of this LLaVA's MPT class fails with any projector.
+    assert "LlavaMptForCausalLM cannot be run on tiny parts without this plugin either: TypeError" in out
+
+
+def test_as_json():
+    report = json.loads(say("--json", "--type", "tokenpacker:scale_factor=3"))
+    assert report["verdict"] == report["packages"][0]["verdict"] == "works"
+    assert "576 -> 64 visual tokens" in report["packages"][0]["reason"]
+    assert [row["state"] for row in report["packages"][0]["seams"]][:4] == ["patched"] * 4
+
+
+def test_a_mistyped_type_is_the_reason():
+    out = say("--type", "seap", status=1)
+    assert "llava: cannot work: " in out
+    assert "did you mean" in out
+
+
+def test_switched_off():
+    out = say(status=1, LLAVA_PROJECTORS_DISABLE="1")
+    assert "PROBLEM: the hook is switched off by the environment variable LLAVA_PROJECTORS_DISABLE=1: unset it" in out
+
+
+def test_a_fork_that_is_llava(fork):
+    found = fork()
+    assert (found.verdict, [t.model for t in found.trials]) == ("works", ["LlavaLlamaForCausalLM"])
+
+
+def test_a_fork_that_is_not_armed(fork, monkeypatch):
+    found = fork()
+    monkeypatch.setattr(doctor.autoload, "armed_packages", lambda: ("llava",))
+    again = doctor.diagnose(["myfork"]).packages[0]
+    assert (found.verdict, again.verdict) == ("works", "cannot work")
+    assert "set LLAVA_PROJECTORS_PACKAGES=myfork, or call llava_projectors.patch('myfork')" in again.reason
+
+
+PECULIARITIES = {
+    "a compressor reads the projector too, as in LLaVA-Mini": (
+        [(ARCH, CALL, f"self.get_model().mm_projector(image_features)\n        {CALL}")],
+        "calls its projector 2 times for 1 calls of its vision tower",
+    ),
+    "features are joined on the way, as in VideoGPT+": (
+        [(ARCH, CALL, CALL.replace("(image_features)", "(image_features.flip(0))"))],
+        "changes the features on their way from its vision tower to its projector",
+    ),
+    "tokens are dropped behind the projector": (
+        [(ARCH, CALL, CALL + "[:, :100]")],
+        "gives its LLM 100 visual tokens, and the projector made 144",
+    ),
+    "no gradients reach the projector": (
+        [(ARCH, CALL, CALL + ".detach()")],
+        "gives its projector no gradients",
+    ),
+    "the projector is built in line, as in LISA": (
+        [(ARCH, "build_vision_projector(self.config)", "torch.nn.Linear(32, self.config.hidden_size)")],
+        "built a Linear by itself, not by its build_vision_projector",
+    ),
+    "towers come as a list, as in Cambrian": (
+        [(TOWERS, "def build_vision_tower(", "def build_vision_tower_aux_list("),
+         (ARCH, "import build_vision_tower", "import build_vision_tower_aux_list as build_vision_tower")],
+        "myfork has no tower builder of LLaVA's kind",
+    ),
+    "another signature, as in VILA": (
+        [(TOWERS, "def build_vision_tower(vision_tower_cfg,", "def build_vision_tower(model_name_or_path, config=None,")],
+        "myfork.model.multimodal_encoder.builder.build_vision_tower takes (model_name_or_path, config, kwargs)",
+    ),
+    "a setting of a table row": (
+        [("train/train.py", "class ModelArguments:\n", "class ModelArguments:\n    compressor_size: int = 2\n")],
+        "--compressor_size 2 exclude each other: its compressor puts one visual token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PECULIARITIES)
+def test_cannot_work(fork, name):
+    changes, reason = PECULIARITIES[name]
+    found = fork(*changes)
+    assert found.verdict == "cannot work"
+    assert reason in found.reason
+
+
+def test_a_projector_called_with_keywords(fork):
+    """As in VideoChat-Flash, whose own projectors take them."""
+    own = "class Own(nn.Linear):\n    def forward(self, x, compress):\n        return super().forward(x)\n\n\n"
+    found = fork(
+        (ARCH, CALL, CALL.replace("(image_features)", "(image_features, compress=True)")),
+        (PROJECTORS, "def build_vision_projector", own + "def build_vision_projector"),
+        (PROJECTORS, "return nn.Linear(", "return Own("),
+    )
+    assert found.verdict == "cannot work"
+    assert "runs with 'linear', and with 'saep' it fails: TypeError" in found.reason
+
+
+@pytest.mark.parametrize("is_hidden", [True, False])
+def test_a_missing_dependency(fork, is_hidden):
+    """LLaVA's `except: pass` turns it into a failure to import a name; the first cause is what counts."""
+    changes = [(TOWERS, "import os", "import os\nimport a_missing_dependency")]
+    if not is_hidden:
+        changes.append(("model/__init__.py", "try:\n", "if True:\n"))
+        changes.append(("model/__init__.py", "except:\n    pass", ""))
+    found = fork(*changes)
+    assert found.verdict == "not checked"
+    assert "with or without this plugin: ModuleNotFoundError: No module named 'a_missing_dependency'" in found.reason
+    assert "install a_missing_dependency" in found.reason
+
+
+def test_a_fork_that_cannot_run_by_itself(fork):
+    found = fork((ARCH, "def encode_images(self, images):", "def encode_images(self, images):\n        1 / 0"))
+    assert found.verdict == "not checked"
+    assert "without this plugin either: ZeroDivisionError" in found.reason
+
+
+def test_a_tower_that_cannot_wait_for_its_weights(fork):
+    """LLaVA-NeXT's asks `"…" in args.mm_tunable_parts`, which is None, when it is built without them."""
+    own = "    if kwargs.get('delay_load'):\n        'x' in vision_tower_cfg.tune\n    vision_tower = getattr("
+    found = fork((TOWERS, "    vision_tower = getattr(", own))
+    assert (found.verdict, found.reason[:10]) == ("works", "576 -> 144")
+
+
+def test_packages_that_are_not_llava():
+    out = say("--package", "lava", "--package", "json", status=1)
+    assert "lava: not checked: no package 'lava' can be imported here: install LLaVA in this environment" in out
+    assert "json: cannot work: json has no tower builder and no projector builder and no model constructor" in out
+    assert "llava (LLaVA, LLaVA-NeXT, LLaVA-Med), share4v (ShareGPT4V), mgm (MGM)" in out
+
+
+def test_versions_outside_the_tested_range():
+    newer = doctor.untested_versions({"transformers": "5.1.0", "torch": "2.4.1+cu121", "python": "3.11"})
+    assert newer == ["transformers 5.1.0 is outside the tested 4.31 to 4.45"]
+    assert doctor.untested_versions({"transformers": "4.37.2", "torch": None, "python": "3.12"}) == []
+
+
+def test_beside_a_transformers_with_which_nothing_runs(fork, tmp_path):
+    """As transformers 5: LLaVA hides the failure, then lacks a name."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '5.1.0'")
+    found = fork()
+    assert found.verdict == "not checked"
+    assert "ImportError: cannot import name " in found.reason
+
+
+def test_a_crash_of_the_trial_is_no_verdict(fork):
+    found = fork(("__init__.py", "from .model", "import os; os._exit(3)\nfrom .model"))
+    assert (found.verdict, found.reason) == ("not checked", "its process ended with status 3: no output")
+
+
+def test_broken_torch_is_reported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so is missing')")
+    command = [sys.executable, "-m", "llava_projectors", "doctor"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 1
+    assert "torch cannot be imported: OSError: libcudart.so is missing" in done.stderr
+    assert "remedy: reinstall it" in done.stderr
+
+
+def test_a_setting_is_a_name_and_a_value():
+    assert "'compressor' is not NAME=VALUE" in subprocess.run(
+        [sys.executable, "-m", "llava_projectors", "doctor", "--argument", "compressor"], capture_output=True, text=True
+    ).stderr
+    assert [trial.literal(text) for text in ("336", "None", "patch", "-2")] == [336, None, "patch", -2]
+
+
+def test_other_readers_of_the_tower_get_one_layer(build_model):
+    """VCoder's segmentation projector expects C channels: the layer that LLaVA itself selects."""
+    model = build_model("saep").get_model()
+    stock = build_model("mlp2x_gelu").get_model()
+    model.seg_mm_projector = nn.Identity()
+    tower.give_other_readers_one_layer(model)
+    tower.give_other_readers_one_layer(model)
+    pictures = torch.randn(1, 3, 336, 336)
+    features = model.get_vision_tower()(pictures)
+    assert torch.equal(model.seg_mm_projector(features), stock.get_vision_tower()(pictures))
+    assert model.mm_projector(features).shape == (1, 144, 80)
+
+
+def test_several_layers_for_none_but_ours(build_model):
+    model = build_model("mlp2x_gelu").get_model()
+    model.seg_mm_projector = nn.Identity()
+    tower.give_other_readers_one_layer(model)
+    assert not model.seg_mm_projector._forward_pre_hooks
+
+
+def test_a_video_tower_is_refused_with_a_remedy(model_args, build_model):
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    settings = vars(model_args("saep"))
+    with pytest.raises(ValueError, match="--video_tower LanguageBind .* frames .* Train with the image tower alone$"):
+        build_vision_tower(SimpleNamespace(**settings, video_tower="LanguageBind"))
