@@ -215,9 +215,14 @@ def test_broken_torch_is_reported(tmp_path):
 
 
 def test_a_setting_is_a_name_and_a_value():
-    assert "'compressor' is not NAME=VALUE" in subprocess.run(
-        [sys.executable, "-m", "llava_projectors", "doctor", "--argument", "compressor"], capture_output=True, text=True
-    ).stderr
+    assert (
+        "'compressor' is not NAME=VALUE"
+        in subprocess.run(
+            [sys.executable, "-m", "llava_projectors", "doctor", "--argument", "compressor"],
+            capture_output=True,
+            text=True,
+        ).stderr
+    )
     assert [trial.literal(text) for text in ("336", "None", "patch", "-2")] == [336, None, "patch", -2]
 
 

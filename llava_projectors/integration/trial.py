@@ -285,9 +285,7 @@ def is_model(value: Any) -> bool:
     )
 
 
-def try_model(
-    cls: type[nn.Module], package: str, type_string: str, arguments: Mapping[str, str], stock: bool
-) -> Trial:
+def try_model(cls: type[nn.Module], package: str, type_string: str, arguments: Mapping[str, str], stock: bool) -> Trial:
     """Build and run one class; every error becomes a verdict."""
     name = cls.__name__
     try:
@@ -495,7 +493,9 @@ def check(model: Any, seen: Seen) -> str:
     tower, projector = find_tower(model), model.get_model().mm_projector
     name = type(model).__name__
     if not isinstance(projector, Projector) or not isinstance(tower, ReducedTower):
-        raise CannotWork(f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, neither by our types")
+        raise CannotWork(
+            f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, neither by our types"
+        )
     if len(seen.projectors) != len(seen.towers):
         raise CannotWork(
             f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision tower: "

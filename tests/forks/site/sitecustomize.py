@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+
 class StandIn(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
