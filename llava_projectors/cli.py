@@ -178,7 +178,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print(f"torch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
         print(f"remedy: reinstall it, {sys.executable} -m pip install --force-reinstall torch", file=sys.stderr)
         return 1
-    from llava_projectors.integration.doctor import WORKS, diagnose, print_diagnosis
+    from llava_projectors.integration.doctor import diagnose, print_diagnosis
+    from llava_projectors.integration.trial import WORKS
 
     logging.disable(logging.INFO)  # DeepSpeed reports its accelerator on import
     packages = arguments.package or list(autoload.armed_packages()) or ["llava"]

@@ -121,8 +121,8 @@ PECULIARITIES = {
         "myfork has no tower builder of LLaVA's kind",
     ),
     "another signature, as in VILA": (
-        [(TOWERS, "def build_vision_tower(vision_tower_cfg,", "def build_vision_tower(model_name_or_path, config=None,")],
-        "myfork.model.multimodal_encoder.builder.build_vision_tower takes (model_name_or_path, config, kwargs)",
+        [(TOWERS, "def build_vision_tower(vision_tower_cfg,", "def build_vision_tower(name, config=None,")],
+        "myfork.model.multimodal_encoder.builder.build_vision_tower takes (name, config, kwargs)",
     ),
     "a setting of a table row": (
         [("train/train.py", "class ModelArguments:\n", "class ModelArguments:\n    compressor_size: int = 2\n")],

@@ -428,7 +428,7 @@ def run_once(model: Any) -> Seen:
 
 
 def forms_of_pictures(tower: Any) -> Iterator[Union[torch.Tensor, list[torch.Tensor]]]:
-    """Two pictures as one tensor, as a list, and as samples of one each, of the processor's size and of the embedding's."""
+    """Two pictures: one tensor, a list, samples of one each; of the processor's size, then of the embedding's."""
     for size in dict.fromkeys((picture_size(tower) or 336, embedded_size(tower))):
         if size is not None:
             pictures = torch.randn(2, 3, size, size)
@@ -498,8 +498,8 @@ def check(model: Any, seen: Seen) -> str:
         )
     if len(seen.projectors) != len(seen.towers):
         raise CannotWork(
-            f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision tower: "
-            "it does more with it than turn patches into visual tokens"
+            f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision "
+            "tower: it does more with it than turn patches into visual tokens"
         )
     for output, (inputs, named, _) in zip(seen.towers, seen.projectors):
         if len(inputs) != 1 or named:
@@ -516,7 +516,7 @@ def check(model: Any, seen: Seen) -> str:
         raise CannotWork(f"{name} gives its projector no gradients; the loss is {seen.loss}")
     if gradients and not any(g.any() for g in gradients if g is not None):
         raise CannotWork(f"{name} gives its projector gradients of zero")
-    return f"{tower.patch_side**2} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
+    return f"{(tower.patch_side or 0) ** 2} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
 
 
 def main() -> None:

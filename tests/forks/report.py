@@ -35,9 +35,8 @@ def write_table(results, table):
     lines = [INTRODUCTION.format(type="saep"), f"Python {platform.python_version()}, torch {torch.__version__}.\n\n"]
     counts = {v: sum(one["doctor"]["verdict"] == v for one in found) for v in ("works", "cannot work", "not checked")}
     lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}.\n\n")
-    lines.append(
-        "| fork, commit | package | transformers | doctor | visual tokens | saved, loaded | its script | its own type |\n"
-    )
+    heads = ("fork, commit", "package", "transformers", "doctor", "visual tokens", "saved, loaded", "its script")
+    lines.append(f"| {' | '.join(heads)} | its own type |\n")
     lines.append("|---|---|---|---|---|---|---|---|\n")
     lines += [line_of(one) for one in sorted(found, key=lambda one: list(counts).index(one["doctor"]["verdict"]))]
     lines.append("\n## Why, and with what\n\n")

@@ -1,4 +1,4 @@
-"""What each fork needs to be run on a CPU: package, versions, settings. Whether it works is found out, not written here."""
+"""What each fork needs to be run on a CPU. Whether it works is found out, not written here."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ COMPANIONS = {
 
 # Imported by one fork or another, without dependencies of their own.
 EXTRAS = (
-    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", "opencv-python-headless", "decord",
-    "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth", "ezcolorlog",
+    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", "opencv-python-headless",
+    "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth", "ezcolorlog",
     "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.3",
     "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely", "networkx", "tifffile", "lazy_loader",
     "easydict", "termcolor", "pycocotools",
@@ -59,7 +59,7 @@ class Row:
 
 ROWS = (
     Row("LLaVA", "haotian-liu/LLaVA", "llava"),
-    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", stand_ins=("av", "decord", "cv2")),
+    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", "4.41.2", stand_ins=("av", "decord", "cv2", "datasets")),
     Row("ShareGPT4V", "ShareGPT4Omni/ShareGPT4V", "share4v", "4.31.0"),
     Row("LLaVA-Med", "microsoft/LLaVA-Med", "llava"),
     Row("MGM", "dvlab-research/MGM", "mgm", stand_ins=("paddleocr",)),
@@ -74,7 +74,8 @@ ROWS = (
     Row("MobileVLM", "Meituan-AutoML/MobileVLM", "mobilevlm", config=("vision_tower_type",)),
     Row("Video-LLaVA", "PKU-YuanGroup/Video-LLaVA", "videollava", "4.31.0", tower="LanguageBind"),
     Row("GeoChat", "mbzuai-oryx/GeoChat", "geochat", "4.31.0"),
-    Row("LLaVA-HR", "luogen1996/LLaVA-HR", "llava_hr", "4.31.0", arguments={"input_image_size": "448"}, tower="MultiPath",
+    Row("LLaVA-HR", "luogen1996/LLaVA-HR", "llava_hr", "4.31.0", tower="MultiPath",
+        arguments={"input_image_size": "448"},
         config=("freeze_vision", "input_image_size", "is_multipath_encoder", "vision_tower_slow")),
     Row("LLaVA-PruMerge", "42Shawn/LLaVA-PruMerge", "llava", "4.31.0"),
     Row("VCoder", "SHI-Labs/VCoder", "vcoder_llava", "4.31.0"),
