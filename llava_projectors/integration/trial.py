@@ -516,7 +516,8 @@ def check(model: Any, seen: Seen) -> str:
         raise CannotWork(f"{name} gives its projector no gradients; the loss is {seen.loss}")
     if gradients and not any(g.any() for g in gradients if g is not None):
         raise CannotWork(f"{name} gives its projector gradients of zero")
-    return f"{(tower.patch_side or 0) ** 2} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
+    before = (tower.patch_side or 0) ** 2
+    return f"{before} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ COMPANIONS = {
 
 # Imported by one fork or another, without dependencies of their own.
 EXTRAS = (
-    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", "opencv-python-headless",
-    "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth", "ezcolorlog",
+    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", 
+    "opencv-python-headless", "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth", "ezcolorlog",
     "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.3",
     "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely", "networkx", "tifffile", "lazy_loader",
     "easydict", "termcolor", "pycocotools",
