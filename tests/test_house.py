@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "plan": {"registry", "spec", "columns"},
     "tiny": set(),
 }
+# doctor examines the hook itself, and its trial arms it.
+MAY_IMPORT_AUTOLOAD = {"doctor", "trial"}
 PROJECTOR_FILES = {"avg_pool", "c_abstractor", "ldpv2", "pixel_shuffle", "resampler", "saep", "tokenpacker"}
 
 
@@ -56,6 +58,8 @@ def test_imports_run_one_way(part):
             top = name.partition(".")[0]
             if top and not is_module(top):
                 top = ""  # a name of the package itself
+            if top == "autoload" and path.stem in MAY_IMPORT_AUTOLOAD:
+                continue
             assert top == part or top in MAY_IMPORT[part] or top == "", f"{path.name} imports {name}"
 
 

@@ -30,7 +30,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from llava_projectors import autoload
+from llava_projectors import autoload, seam_names
 from llava_projectors.integration import seams
 from llava_projectors.integration.tower import ReducedTower, find_tower, picture_size
 from llava_projectors.integration.weights import ProjectorWeightsError
@@ -279,7 +279,7 @@ def is_model(value: Any) -> bool:
     return (
         isinstance(value, type)
         and issubclass(value, nn.Module)
-        and value.__name__.endswith(autoload.SEAM_CLASS_ENDING)
+        and value.__name__.endswith(seam_names.SEAM_CLASS_ENDING)
         and hasattr(value, "get_model")
         and getattr(value, "config_class", None) is not None
     )
@@ -354,6 +354,7 @@ def training_arguments(package: str, type_string: str, given: Mapping[str, str])
         "mm_projector_type": type_string,
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
     }
     for name, value in settings.items():
         if own is None or hasattr(arguments, name):
@@ -377,9 +378,10 @@ def own_arguments(package: str) -> Any:
     The class alone is executed: the script imports much that is not needed here.
     """
     folders = [Path(folder) for folder in importlib.import_module(package).__path__]
-    scripts = [path for folder in folders for path in folder.glob("train/*.py")]
-    for path in sorted(scripts, key=lambda path: (path.name != "train.py", path.name)):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    for path in sorted(files, key=lambda path: (path.name != "train.py", path)):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for node in ast.parse(text).body if "class ModelArguments" in text else ():
             if isinstance(node, ast.ClassDef) and node.name == "ModelArguments":
                 names = {**vars(typing), **vars(dataclasses), "dataclasses": dataclasses, "__name__": __name__}
                 try:

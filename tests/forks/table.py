@@ -18,11 +18,11 @@ COMPANIONS = {
 
 # Imported by one fork or another, without dependencies of their own.
 EXTRAS = (
-    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", 
-    "opencv-python-headless", "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth", "ezcolorlog",
-    "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.3",
-    "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely", "networkx", "tifffile", "lazy_loader",
-    "easydict", "termcolor", "pycocotools",
+    "timm==0.9.16", "torchvision==0.28.0", "einops", "einops-exts", "open_clip_torch", "opencv-python-headless",
+    "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth",
+    "ezcolorlog", "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf",
+    "antlr4-python3-runtime==4.9.3", "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely",
+    "networkx", "tifffile", "lazy_loader", "easydict", "termcolor", "pycocotools",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ ROWS = (
     Row("DenseConnector", "HJYao00/DenseConnector", "dc", arguments={"mm_dense_connector_type": "none"}),
     Row("ViP-LLaVA", "WisconsinAIVision/ViP-LLaVA", "llava"),
     Row("TinyLLaVABench", "DLCV-BUAA/TinyLLaVABench", "tinyllava"),
-    Row("RLAIF-V", "RLHF-V/RLAIF-V", "llava"),
+    Row("RLAIF-V", "RLHF-V/RLAIF-V", "llava", train=None),
     Row("LLaVA-pp", "mbzuai-oryx/LLaVA-pp", "llava"),
     Row("LLaVA-MORE", "aimagelab/LLaVA-MORE", "src.llava", "4.45.2"),
     Row("Bunny", "BAAI-DCAI/Bunny", "bunny", "4.39.3", stand_ins=("xformers", "s2wrapper")),
