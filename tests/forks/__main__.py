@@ -116,9 +116,11 @@ def examine(row, options, processes, data):
     found["unharmed"] = all(found["without"].get(k) == found["with"].get(k) for k in ("error", "stock", "failures"))
     found["doctor"] = processes.run(job="doctor", armed=True, **common)
     found["doctor"].setdefault("verdict", "no answer")
-    if row.train and any("save_and_load" in one for one in found["with"].get("ours", [])):
-        training = {"script": f"{row.package}.{row.train}", "settings": row.train_arguments, "data": data}
-        found["training"] = processes.run(job="train", armed=True, **training, **common)
+    if row.train and any("seen" in one for one in found["with"].get("ours", [])):
+        job = {"script": f"{row.package}.{row.train}", "settings": row.train_arguments, "data": data, **common}
+        found["training"] = processes.run(job="train", armed=True, own=False, **job)
+        if not found["training"].get("losses"):
+            found["training_own"] = processes.run(job="train", armed=False, own=True, **job)
     return found
 
 

@@ -102,12 +102,16 @@ def run_models(job):
     }
 
 
+def own_type(job):
+    """The fork's default."""
+    own = trial.own_arguments(job["package"])
+    return (getattr(own(), "mm_projector_type", None) if own else None) or trial.STOCK_TYPE
+
+
 def with_its_own(cls, job):
     """A digest of weights, gradients and loss with the fork's default type, or its error."""
-    own = trial.own_arguments(job["package"])
-    own_type = getattr(own(), "mm_projector_type", None) if own else None
     try:
-        model = trial.build(cls, job["package"], own_type or trial.STOCK_TYPE, job["arguments"])
+        model = trial.build(cls, job["package"], own_type(job), job["arguments"])
         torch.manual_seed(1)
         seen = trial.run_once(model)
     except Exception as error:
@@ -130,18 +134,30 @@ def with_ours(cls, job):
     try:
         model = trial.build(cls, job["package"], job["type"], job["arguments"])
         row["seen"] = trial.check(model, trial.run_once(model))
-        arguments = trial.training_arguments(job["package"], job["type"], job["arguments"])
-        for name in job["config"]:
-            setattr(model.config, name, getattr(arguments, name))
-        row["save_and_load"] = save_and_load(cls, model)
     except Exception as error:
         traceback.print_exc()
         row["error"] = str(error).strip().split("\n")[0] if isinstance(error, OURS) else trial.one_line(error)
+        return row
+    row["save_and_load"] = save_and_load(cls, model, job)
+    if row["save_and_load"] not in ("bit for bit", "other weights", "other tokens"):
+        stock = trial.build(cls, job["package"], own_type(job), job["arguments"])
+        row["save_and_load_own"] = save_and_load(cls, stock, job)
     return row
 
 
-def save_and_load(cls, model):
-    """Whether the projector that comes back has the same bits, and gives the same tokens."""
+def save_and_load(cls, model, job):
+    """Whether the projector that comes back has the same bits, and gives the same tokens; or an error."""
+    arguments = trial.training_arguments(job["package"], job["type"], job["arguments"])
+    for name in job["config"]:
+        setattr(model.config, name, getattr(arguments, name))
+    try:
+        return round_trip(cls, model)
+    except Exception as error:
+        traceback.print_exc()
+        return trial.one_line(error)
+
+
+def round_trip(cls, model):
     folder = Path("saved") / cls.__name__
     model.save_pretrained(folder, safe_serialization=False)
     loaded = cls.from_pretrained(folder).float()
@@ -190,7 +206,8 @@ def run_training(job):
     data = Path(job["data"])
     settings = train.finetune_arguments(data / "data" / "finetune.json", data / "data" / "images", None, max_steps=2)
     tower, llm = data / "openai" / "clip-vit", data / "vicuna"
-    options = train.training_command(Path("llava-out"), llm, tower, job["type"], **settings)[3:]
+    kind = own_type(job) if job["own"] else job["type"]
+    options = train.training_command(Path("llava-out"), llm, tower, kind, **settings)[3:]
     for name, value in {**job["arguments"], **job["settings"]}.items():
         if value is None:  # a setting of LLaVA's that this script does not know
             place = options.index(f"--{name}")

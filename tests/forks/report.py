@@ -65,7 +65,11 @@ def tokens_of(one):
 
 
 def saved_of(one):
-    kept = {trial["save_and_load"] for trial in one["with"].get("ours", []) if "save_and_load" in trial}
+    kept = set()
+    for trial in one["with"].get("ours", []):
+        own = trial.get("save_and_load_own")
+        if "save_and_load" in trial:
+            kept.add("fails, its own too" if own not in (None, "bit for bit") else trial["save_and_load"])
     return ", ".join(sorted(kept)) or "-"
 
 
@@ -73,8 +77,9 @@ def script_of(one):
     training = one.get("training")
     if training is None:
         return "-"
-    losses = training["losses"]
-    return "loss " + ", ".join(f"{loss:.2f}" for loss in losses) if losses else "did not run here"
+    if training.get("losses"):
+        return "loss " + ", ".join(f"{loss:.2f}" for loss in training["losses"])
+    return "**runs with its own type only**" if one["training_own"].get("losses") else "fails, with its own type too"
 
 
 def notes_of(one):
@@ -93,8 +98,9 @@ def notes_of(one):
         others = [t for t in one["doctor"].get("trials", []) if t["verdict"] != "works"]
         notes += [f"{t['verdict'].capitalize()}: {t['reason'].rstrip('.')}." for t in others]
     training = one.get("training")
-    if training and not training["losses"]:
-        notes.append(f"Its script ended with: `{training['end'].strip()[:160]}`.")
+    if training and not training.get("losses"):
+        end = training.get("end") or training.get("error", "")
+        notes.append(f"Its script ended with `{end[:160]}`.")
     if one["stand_ins"]:
         notes.append(f"Imported, never called, with stand-ins for {', '.join(one['stand_ins'])}.")
     return notes
