@@ -20,7 +20,10 @@ EXPORT_RUN := runs/export
 EXPORTED := $(CURDIR)/$(EXPORT_RUN)/exported
 CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 
-.PHONY: check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench clean
+# For forks: a folder of checkouts, named as in tests/forks/table.py. Packages go to .forks, 1 GB or so.
+FORKS ?= ../forks
+
+.PHONY: check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -43,6 +46,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
+
+forks: $(STAMP)
+	$(BIN)/python -m tests.forks --forks $(FORKS)
 
 # deepspeed's setup imports torch, so it is built without isolation once torch is there. LLaVA goes
 # in without its dependencies: its own pins contradict a current torch.
@@ -89,3 +95,4 @@ check-vllm: $(EXPORT_RUN)
 
 clean:
 	rm -rf $(VENV) $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info
+	rm -rf $(VENV) .forks $(wildcard .venv-transformers-*) runs build dist *.egg-info

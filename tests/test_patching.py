@@ -180,9 +180,10 @@ def test_a_reloaded_module_is_patched_again(patched_again):
 
 
 def copy_llava(folder, package):
-    """LLaVA's own sources under another package name, as a fork is."""
-    shutil.copytree(LLAVA, folder / package, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval"))
-    for path in (folder / package).rglob("*.py"):
+    """LLaVA's own sources under another package name, as a fork is; a dotted name is a folder below others."""
+    place = folder / package.replace(".", "/")
+    shutil.copytree(LLAVA, place, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval"))
+    for path in place.rglob("*.py"):
         path.write_text(path.read_text().replace("llava.", f"{package}.").replace("from llava ", f"from {package} "))
     return folder
 
@@ -229,17 +230,22 @@ PATCHES = Path(__file__).parents[1] / "patches"
 @pytest.mark.parametrize("patch", sorted(path.name for path in PATCHES.glob("*.patch")))
 def test_patch_files(tmp_path, patch):
     """The explicit import alone, with no start-up hook, patches the package; applied to LLaVA under the fork's name."""
-    package = re.search(r"^--- a/(\w+)/__init__.py$", (PATCHES / patch).read_text(), re.MULTILINE).group(1)
+    text = (PATCHES / patch).read_text()
+    patched = tmp_path / re.search(r"^\+\+\+ b/(\S+)$", text, re.MULTILINE).group(1)
+    call = re.search(r'^\+llava_projectors.patch\("([\w.]+)"\)$', text, re.MULTILINE)
+    package = call.group(1) if call else "llava"
     if package == "llava":
         shutil.copytree(LLAVA, tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
     else:
         copy_llava(tmp_path, package)
-    original = (tmp_path / package / "__init__.py").read_text()
+    if "--- /dev/null" in text:  # the fork is a namespace package
+        patched.unlink()
+    original = patched.read_text() if patched.exists() else ""
     command = ["git", "apply", "--unidiff-zero", PATCHES / patch]
     subprocess.run(
         command, cwd=tmp_path, check=True, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     )
-    assert (tmp_path / package / "__init__.py").read_text().endswith(original)
+    assert patched.read_text().endswith(original)
     script = (
         "import sys; sys.meta_path.pop(0)\nfor m in list(sys.modules):\n  if 'llava_proj' in m: del sys.modules[m]\n"
     )

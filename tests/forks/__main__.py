@@ -93,7 +93,8 @@ class Processes:
     def run(self, **job):
         """What the job returns, or its error."""
         print(json.dumps(job), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        # What the libraries print when they are imported comes before the first answer.
+        return json.loads(next(line for line in self.process.stdout if line.startswith("{")))
 
 
 def examine(row, options, processes, data):

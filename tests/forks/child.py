@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers.models.clip.modeling_clip
@@ -22,7 +23,8 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
 from llava_projectors import autoload
-from llava_projectors.integration import doctor, trial
+from llava_projectors.integration import doctor, seams, trial
+from llava_projectors.registry import list_projectors
 from llava_projectors.tiny import train
 
 SECONDS = 900
@@ -93,13 +95,31 @@ def run_models(job):
         importlib.import_module(job["package"])
     except Exception as error:
         return {"error": trial.one_line(watch.cause_of(error))}
+    place = Path(next(iter(sys.modules[job["package"]].__path__)))
+    if Path(job["checkout"]) not in place.parents:
+        return {"error": f"the checkout has no package {job['package']}"}
     classes, failures = trial.find_models(job["package"])
     trial.make_tower(Path(trial.TOWER))
     return {
         "failures": {name: trial.one_line(watch.cause_of(error)) for name, error in failures.items()},
         "stock": {cls.__name__: with_its_own(cls, job) for cls in classes},
         "ours": [with_ours(cls, job) for cls in classes] if job["armed"] else [],
+        "names": its_names(job["package"]) if job["armed"] else {},
     }
+
+
+def its_names(package):
+    """Of our names, those that the gate leaves to the fork, and those that the fork's own builders build."""
+    known = seams._packages.get(package)
+    builders = known.projector_builders if known else []
+    found = {"gate": [name for name in list_projectors() if builders and known.knows(name)], "builder": []}
+    for name in list_projectors():
+        settings = SimpleNamespace(mm_projector_type=name, mm_hidden_size=64, hidden_size=256)
+        for builder in builders:
+            with contextlib.suppress(Exception), torch.device("meta"):
+                builder(settings)
+                found["builder"].append(name)
+    return found
 
 
 def own_type(job):

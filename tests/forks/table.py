@@ -68,7 +68,6 @@ ROWS = (
     Row("ViP-LLaVA", "WisconsinAIVision/ViP-LLaVA", "llava"),
     Row("TinyLLaVABench", "DLCV-BUAA/TinyLLaVABench", "tinyllava"),
     Row("RLAIF-V", "RLHF-V/RLAIF-V", "llava", train=None),
-    Row("LLaVA-pp", "mbzuai-oryx/LLaVA-pp", "llava"),
     Row("LLaVA-MORE", "aimagelab/LLaVA-MORE", "src.llava", "4.45.2"),
     Row("Bunny", "BAAI-DCAI/Bunny", "bunny", "4.39.3", stand_ins=("xformers", "s2wrapper")),
     Row("ml-fastvlm", "apple/ml-fastvlm", "llava", tower="MobileCLIP"),
