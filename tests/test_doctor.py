@@ -44,7 +44,6 @@ def fork(tmp_path, monkeypatch):
             (folder / name).write_text(text.replace(old, new))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("LLAVA_PROJECTORS_PACKAGES", "myfork")
-        monkeypatch.setattr(doctor.autoload, "armed_packages", lambda: ("llava", "myfork"))
         return doctor.diagnose(["myfork"], type_string, arguments).packages[0]
 
     return examine
@@ -88,10 +87,14 @@ def test_a_fork_that_is_llava(fork):
 
 def test_a_fork_that_is_not_armed(fork, monkeypatch):
     found = fork()
-    monkeypatch.setattr(doctor.autoload, "armed_packages", lambda: ("llava",))
+    monkeypatch.delenv("LLAVA_PROJECTORS_PACKAGES")
     again = doctor.diagnose(["myfork"]).packages[0]
     assert (found.verdict, again.verdict) == ("works", "cannot work")
     assert "set LLAVA_PROJECTORS_PACKAGES=myfork, or call llava_projectors.patch('myfork')" in again.reason
+    assert "then it works (576 -> 144 visual tokens" in again.reason
+    init = Path(found.place) / "__init__.py"
+    init.write_text("import llava_projectors\nllava_projectors.patch('myfork')\n" + init.read_text())
+    assert doctor.diagnose(["myfork"]).packages[0].verdict == "works"
 
 
 PECULIARITIES = {

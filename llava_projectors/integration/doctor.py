@@ -156,7 +156,7 @@ def _diagnose_package(
         )
     report = _try(package, type_string, arguments)
     verdict, reason = _sum_up(report.trials)
-    if verdict == WORKS and package not in autoload.armed_packages() and not autoload.is_disabled():
+    if verdict == WORKS and not report.armed and not autoload.is_disabled():
         verdict = CANNOT_WORK
         reason = (
             f"{package} can be patched but is not: set {autoload.PACKAGES_VARIABLE}={package}, or call "

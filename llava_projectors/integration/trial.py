@@ -91,10 +91,12 @@ class Report:
     Attributes:
         seams: the state of every seam of the package.
         trials: one of each class, or a single one.
+        armed: whether the package was patched when it had been imported, by the hook or by a call of its own.
     """
 
     seams: list[seams.SeamReport]
     trials: list[Trial]
+    armed: bool = False
 
 
 class CannotWork(Exception):
@@ -117,8 +119,8 @@ def run_trial(package: str, type_string: str, arguments: Mapping[str, str], fold
     request = {"package": package, "type_string": type_string, "arguments": dict(arguments), "stock": stock}
     environment = {**os.environ, "TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-    environment.pop(autoload.PACKAGES_VARIABLE, None)
-    environment[autoload.DISABLE_VARIABLE] = "1"  # the process patches for itself, when it does
+    if stock:
+        environment[autoload.DISABLE_VARIABLE] = "1"
     command = [sys.executable, "-m", __name__, json.dumps(request)]
     try:
         done = subprocess.run(
@@ -134,6 +136,7 @@ def run_trial(package: str, type_string: str, arguments: Mapping[str, str], fold
     return Report(
         [seams.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in answer["seams"]],
         [Trial(**trial) for trial in answer["trials"]],
+        answer["armed"],
     )
 
 
@@ -192,13 +195,14 @@ class FirstErrors:
 def try_package(package: str, type_string: str, arguments: Mapping[str, str], stock: bool = False) -> Report:
     """Import a package, build its classes with tiny parts, run each once; see `run_trial`."""
     watch = FirstErrors(package)
-    if not stock:
-        autoload.patch(package)
     sys.meta_path.insert(0, watch)  # type: ignore[arg-type]
     try:
         importlib.import_module(package)
     except Exception as error:
         return Report([], [Trial(NOT_CHECKED, import_failure(package, watch.cause_of(error)))])
+    armed = package in autoload.armed_packages()
+    if not (stock or armed):
+        autoload.patch(package)
     classes, failures = find_models(package)
     rows = seams.report(package)
     if not stock:
@@ -211,7 +215,7 @@ def try_package(package: str, type_string: str, arguments: Mapping[str, str], st
         causes = [watch.cause_of(error) for error in failures.values()]
         reason = import_failure(package, causes[0]) if causes else f"{package} has no class that ends in ForCausalLM"
         trials = [Trial(NOT_CHECKED, reason)]
-    return Report(seams.report(package), trials)
+    return Report(seams.report(package), trials, armed)
 
 
 def import_failure(package: str, error: BaseException) -> str:

@@ -207,7 +207,7 @@ def run_doctor(job):
         if "error" in report:
             return trial.Report([], [trial.Trial(trial.NOT_CHECKED, report["error"])])
         rows = [doctor.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in report["seams"]]
-        return trial.Report(rows, [trial.Trial(**one) for one in report["trials"]])
+        return trial.Report(rows, [trial.Trial(**one) for one in report["trials"]], report["armed"])
 
     doctor.run_trial = run_trial
     diagnosis = doctor.diagnose([job["package"]], job["type"], job["arguments"]).as_dict()
@@ -216,8 +216,9 @@ def run_doctor(job):
 
 
 def try_package(package, type_string, arguments, stock):
-    """As in a process of doctor's: nothing is armed before it begins."""
-    autoload.unpatch(package)
+    """As in a process of doctor's."""
+    if stock:
+        autoload.unpatch(package)
     return trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, stock))
 
 
