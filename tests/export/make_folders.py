@@ -90,6 +90,7 @@ def random_llm(weights):
 def swap_projector(source, target, projector_type):
     """The checkpoint with a random projector of another type, and a random LLM."""
     config = json.loads((source / "config.json").read_text())
+    config.pop("mm_projector_options", None)  # of the other type
     torch.manual_seed(0)
     projector = build_projector(projector_type, config["mm_hidden_size"], config["hidden_size"])
     weights = random_llm(load_file(source / "model.safetensors"))
