@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+import llava_projectors
 from llava_projectors import autoload
 
 
@@ -18,6 +19,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         prog="llava-projectors",
         description="Visual projectors that give LLaVA fewer visual tokens, without touching its code.",
     )
+    parser.add_argument("--version", action="version", version=f"llava-projectors {llava_projectors.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="projector types, their options and token counts")
@@ -55,6 +57,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         help="a setting of your training command, without the dashes, may be repeated",
     )
     doctor.set_defaults(run=run_doctor)
+
+    check = commands.add_parser(
+        "check",
+        help="check a type string, its layers on a tower, and weights, without loading an LLM",
+        description="Reads configs and the headers of weights only, so it takes seconds. "
+        "Exit status 0: all fits; 1: not, with the reason.",
+    )
+    check.add_argument("type", nargs="?", metavar="TYPE", help="a type string (default: the checkpoint's)")
+    check.add_argument("--model-path", help="folder of a LLaVA checkpoint")
+    check.add_argument("--vision-tower", help="folder or hub name of the vision tower (default: the checkpoint's)")
+    check.add_argument("--select-layer", type=int, help="LLaVA's --mm_vision_select_layer (checkpoint's, or -2)")
+    check.add_argument("--adapter", help="an mm_projector.bin, for --pretrain_mm_mlp_adapter")
+    check.set_defaults(run=run_check)
 
     demo = commands.add_parser(
         "demo",
@@ -139,7 +154,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     planned.set_defaults(run=run_plan)
 
     parsed = parser.parse_args(arguments)
-    return int(parsed.run(parsed))
+    try:
+        return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        print(f"\n{parsed.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -186,6 +205,26 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     diagnosis = diagnose(packages, arguments.type, dict(arguments.argument))
     print_diagnosis(diagnosis, arguments.json)
     return 0 if diagnosis.verdict == WORKS else 1
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Print what fits; status 1 with the reason when something does not."""
+    from llava_projectors.check import check
+
+    if arguments.type is None and arguments.model_path is None:
+        print("nothing to check: give a TYPE, or --model-path", file=sys.stderr)
+        return 1
+    try:
+        lines = check(
+            arguments.type, arguments.model_path, arguments.vision_tower, arguments.adapter, arguments.select_layer
+        )
+    except ImportError as error:
+        return lacks_package("the check", "viz", error)
+    except (OSError, ValueError) as error:
+        print(f"does not fit: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

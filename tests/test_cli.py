@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import llava_projectors
+from llava_projectors.cli import main
+
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
 
 
@@ -59,8 +62,41 @@ def test_list_for_a_picture():
         assert "is no size in pixels like 1920x1080" in cli("list", f"--image={size}", status=2, stderr=True)
 
 
+def test_version():
+    assert cli("--version") == f"llava-projectors {llava_projectors.__version__}\n"
+
+
+def test_check_without_an_llm(tiny, trained):
+    adapter, checkpoint = trained("saep").adapter / "mm_projector.bin", trained("saep").checkpoint
+    out = cli("check", "saep", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter))
+    assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+5+6+7" in out
+    assert "all its numbers are finite" in out
+    assert "every weight of the projector is there" in cli("check", "--model-path", str(checkpoint))
+    for arguments, message in (
+        (["saep:strid=3"], "does not fit: unknown option 'strid' .* did you mean 'stride'"),
+        (["saep", "--model-path", str(tiny.llm / "nothing")], "does not fit: cannot read .*nothing/config.json"),
+        (["saep:layers=3+40", "--vision-tower", str(tiny.coarse_tower)], "layer 40 is out of range; .* has 8 layers"),
+        (["tokenpacker", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter)], "look like 'saep'"),
+        (
+            ["saep:stride=3", "--model-path", str(checkpoint)],
+            "has stride=3, but the checkpoint was .* stride=2",
+        ),
+        ([], "nothing to check: give a TYPE, or --model-path"),
+    ):
+        assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_projectors.listing.print_types", interrupted)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "\nlist: interrupted\n"
+
+
 def test_help_and_bad_usage():
-    for command in ([], ["list"], ["doctor"], ["demo"]):
+    for command in ([], ["list"], ["doctor"], ["demo"], ["check"], ["show"], ["export"], ["plan"]):
         assert "usage: llava-projectors" in cli(*command, "--help")
     out = cli("train", status=2, stderr=True)
     assert "invalid choice: 'train'" in out

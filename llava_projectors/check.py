@@ -1,0 +1,111 @@
+"""What `llava-projectors check` looks at: a type string, a vision tower, weights; no LLM is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+
+from llava_projectors import registry
+from llava_projectors.integration import weights
+from llava_projectors.integration.tower import resolve_layers
+from llava_projectors.projectors.base import Projector
+from llava_projectors.spec import ProjectorSpecError, format_value
+
+
+def check(
+    type_string: Optional[str],
+    model_path: Optional[str] = None,
+    vision_tower: Optional[str] = None,
+    adapter: Optional[str] = None,
+    select_layer: Optional[int] = None,
+) -> list[str]:
+    """Check what a training or serving command would meet.
+
+    Args:
+        type_string: a type; None takes the checkpoint's own.
+        model_path: folder of a LLaVA checkpoint, of which the config and the headers of the weights are read.
+        vision_tower: folder or hub name of a CLIP or SigLIP model; of it, the config is read.
+        adapter: an `mm_projector.bin`.
+        select_layer: LLaVA's `mm_vision_select_layer`; default the checkpoint's, else -2.
+
+    Returns:
+        what was found right, in lines.
+
+    Raises:
+        ProjectorSpecError: the type, its options, or its layers on this tower.
+        ProjectorWeightsError: the weights.
+
+    Example:
+        >>> check("saep:stride=3")
+        ['type: saep:stride=3']
+    """
+    config = SimpleNamespace() if model_path is None else _read_config(model_path)
+    type_string = type_string or getattr(config, "mm_projector_type", None)
+    if not registry.is_registered(type_string):
+        raise registry.unknown_type(type_string)
+    resolved = registry.resolve(type_string, config)
+    lines = [f"type: {registry.normalize(type_string)}"]
+
+    tower = vision_tower or getattr(config, "mm_vision_tower", None)
+    vision = None if tower is None else _vision_config(tower)
+    if vision is not None:
+        chosen = getattr(config, "mm_vision_select_layer", -2) if select_layer is None else select_layer
+        layers = resolve_layers(resolved, vision.num_hidden_layers, chosen)
+        side = vision.image_size // vision.patch_size
+        after = resolved.output_side(side)
+        lines.append(
+            f"tower: {tower}, {side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, "
+            f"hidden states {format_value(layers)}"
+        )
+    channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
+    if model_path is not None:
+        found = weights.checkpoint_shapes(model_path)
+        _compare(resolved, found, channels, getattr(config, "hidden_size", None), model_path)
+        lines.append(f"checkpoint: {model_path}, every weight of the projector is there")
+    if adapter is not None:
+        found = weights.read_adapter(adapter)
+        _compare(resolved, found, channels, getattr(config, "hidden_size", None), adapter)
+        lines.append(f"adapter: {adapter}, fits, and all its numbers are finite")
+    return lines
+
+
+def _read_config(folder: str) -> SimpleNamespace:
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return SimpleNamespace(**json.load(file))
+    except (OSError, ValueError) as error:
+        raise ProjectorSpecError(f"cannot read {path}: {error}; pass the folder of a LLaVA checkpoint") from error
+
+
+def _vision_config(tower: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(tower)
+    except (OSError, ValueError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ProjectorSpecError(f"cannot read the config of the vision tower {tower}: {first_line}") from error
+    return getattr(config, "vision_config", config)
+
+
+def _compare(
+    resolved: registry.ResolvedSpec, found: weights.Shapes, channels: Optional[int], width: Optional[int], source: str
+) -> None:
+    """Raise unless the weights are those of the type; sizes that nothing gives are taken from the weights."""
+    with torch.device("meta"):
+        projector: Projector = resolved.build(channels or 1024, width or _llm_width(found) or 4096)
+    wrong = weights.problems(weights.expected_shapes(projector), found)
+    if wrong:
+        cause = weights.likely_cause(projector, found)
+        raise weights.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
+
+
+def _llm_width(found: weights.Shapes) -> Optional[int]:
+    """The LLM's width, by the last bias: every projector of ours ends in a layer of that width."""
+    biases = [shape for name, shape in found.items() if name.endswith("bias")]
+    return biases[-1][0] if biases else None
