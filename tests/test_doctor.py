@@ -184,7 +184,7 @@ def test_packages_that_are_not_llava():
     out = say("--package", "lava", "--package", "json", status=1)
     assert "lava: not checked: no package 'lava' can be imported here: install LLaVA in this environment" in out
     assert "json: cannot work: json has no tower builder and no projector builder and no model constructor" in out
-    assert "llava (LLaVA, LLaVA-NeXT, LLaVA-Med), share4v (ShareGPT4V), mgm (MGM)" in out
+    assert "share4v (ShareGPT4V), " in out
 
 
 def test_versions_outside_the_tested_range():

@@ -109,6 +109,9 @@ FORK = {
                 self.called = (model_args, fsdp)
             def __getattr__(self, name):
                 raise RuntimeError(f'the model was asked for {name}')
+        class SegMetaModel(Base):
+            def initialize_seg_modules(self, model_args):
+                self.called = model_args
         """,
 }
 
@@ -171,6 +174,18 @@ def test_an_inherited_constructor_is_missing_and_never_patched(fork):
     model = arch.InheritedMetaModel()
     """)
     assert out == ["False False"]
+
+
+def test_what_adds_further_readers_is_a_seam(fork):
+    """As VCoder's initialize_seg_modules: another type's model gets the very call."""
+    out = fork("""
+    print(hasattr(arch.SegMetaModel.initialize_seg_modules, '__wrapped__'))
+    model = arch.SegMetaModel()
+    model.config = Config('mlp2x_gelu')
+    model.initialize_seg_modules('arguments')
+    print(model.called)
+    """)
+    assert out == ["True", "arguments"]
 
 
 def test_names_that_the_fork_knows_are_the_forks(fork):

@@ -353,3 +353,13 @@ def test_bad_sizes_are_explained():
         build_projector("saep:stride=4,kernel_size=3")
     with pytest.raises(ProjectorSpecError, match="inner_size=0 must be at least 1"):
         build_projector("saep:inner_size=0")
+
+
+@pytest.mark.parametrize("name", [*ALL_TYPES, RESAMPLER])
+def test_linear_layers_are_found_by_place(name):
+    """Forks read the dtype of `mm_projector[0].weight` and set the bias of `mm_projector[-1]`, as of LLaVA's own."""
+    projector = build_projector(name, mm_hidden_size=64, hidden_size=96).to(torch.bfloat16)
+    assert projector[0].weight.dtype == torch.bfloat16
+    assert projector[-1].bias.shape == (96,)
+    with pytest.raises(IndexError):
+        projector[1000]

@@ -144,8 +144,11 @@ class MultiLayerTower(ReducedTower):
         self.patch_side = tower.patch_side
         return result
 
-    def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side."""
+    def feature_select(self, image_forward_outs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side.
+
+        Some forks pass `select_feature` too; the patches are what it can mean here.
+        """
         states = [image_forward_outs.hidden_states[layer] for layer in self.projector_layers]
         num_extra = self.see_grid(states[-1].shape[1])
         return torch.cat([state[:, num_extra:] for state in states], dim=-1)

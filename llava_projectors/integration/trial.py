@@ -500,7 +500,8 @@ def check(model: Any, seen: Seen) -> str:
     name = type(model).__name__
     if not isinstance(projector, Projector) or not isinstance(tower, ReducedTower):
         raise CannotWork(
-            f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, neither by our types"
+            f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, though --mm_projector_type asks "
+            "for one of ours: it chooses its projector by another setting, or builds it in line"
         )
     if len(seen.projectors) != len(seen.towers):
         raise CannotWork(

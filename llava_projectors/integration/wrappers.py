@@ -110,10 +110,18 @@ def initialize_other_readers(original: Function, package: Package, model: Any, *
     return result
 
 
+BUILDERS = ("build_vision_tower", "build_image_tower")
+
+
 def _tower_builder(function: Function) -> Function:
     """The (patched) function by which LLaVA's own code builds a tower."""
     names = inspect.unwrap(function).__globals__
-    builder: Function = next(names[name] for name in ("build_vision_tower", "build_image_tower") if name in names)
+    builder: Optional[Function] = next((names[name] for name in BUILDERS if name in names), None)
+    if builder is None:
+        raise ProjectorSpecError(
+            f"{function.__qualname__} of {function.__module__} builds its vision towers by neither "
+            f"{' nor '.join(BUILDERS)}: our types cannot be used with it"
+        )
     return builder
 
 
