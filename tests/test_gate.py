@@ -55,8 +55,11 @@ for _ in range(20):
     llava_projectors.patch()
     llava_projectors.unpatch()
 """
+# LLaVA itself cannot be entered by two threads at different places, so this one waits until it is imported.
 RELOAD = """
-import importlib
+import importlib, sys, time
+while not hasattr(sys.modules.get("llava.model.builder"), "load_pretrained_model"):
+    time.sleep(0.01)
 from llava.model.multimodal_encoder import builder as towers
 from llava.model.multimodal_projector import builder as projectors
 for _ in range(20):
