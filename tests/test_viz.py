@@ -68,9 +68,9 @@ def test_command_draws(tmp_path, capsys, tiny, type_string):
 
 def test_command_draws_a_trained_projector(tmp_path, capsys, tiny, trained):
     checkpoint = trained("tokenpacker").checkpoint
-    arguments = ["--model-path", str(checkpoint), "--token", "70", "--output", str(tmp_path / "tokens.png")]
+    arguments = ["--model-path", str(checkpoint), "--token", "20", "--output", str(tmp_path / "tokens.png")]
     assert main(["show", str(tiny.images / "china.jpg"), *arguments]) == 0
-    assert f"144 visual tokens; attention; {checkpoint}" in capsys.readouterr().out
+    assert f"36 visual tokens; attention; {checkpoint}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
