@@ -245,8 +245,8 @@ def missing_seams(package: str, rows: list[seams.SeamReport], failures: Mapping[
     if absent:
         return Trial(
             CANNOT_WORK,
-            f"{package} has no {' and no '.join(absent)} of LLaVA's kind: its layout is another, and nothing of ours "
-            "can take their place",
+            f"{package} has no {' and no '.join(absent)} of LLaVA's kind: its layout is another, which this plugin "
+            "cannot patch",
         )
     wrong = seams.wrong_signatures(package)
     return Trial(CANNOT_WORK, f"{'; '.join(wrong)}: not as LLaVA's are called") if wrong else None

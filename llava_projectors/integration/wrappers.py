@@ -231,15 +231,17 @@ def announce(model: Any) -> None:
     projector, tower = getattr(model, "mm_projector", None), find_tower(model)
     if projector is None:
         return
+    # Some forks build their projector without writing its type into the config.
+    asked = f"projector type {getattr(model.config, 'mm_projector_type', 'of ours')!r}"
     if not isinstance(projector, Projector):
         raise ProjectorSpecError(
-            f"projector type {model.config.mm_projector_type!r} was asked for, but {type(model).__name__} built a "
-            f"{type(projector).__name__} by itself, not by its build_vision_projector: it cannot use our types"
+            f"{asked} was asked for, but {type(model).__name__} built a {type(projector).__name__} by itself, "
+            "not by its build_vision_projector: it cannot use our types"
         )
     if not isinstance(tower, ReducedTower):
         raise ProjectorSpecError(
-            f"projector type {model.config.mm_projector_type!r} needs the patched vision tower, "
-            f"but {type(tower).__name__} was built around the patch; run `llava-projectors doctor`"
+            f"{asked} needs the patched vision tower, but {type(tower).__name__} was built around the patch; "
+            "run `llava-projectors doctor`"
         )
     if tower.patch_side is not None:
         check_tokens(tower.projector_spec, projector, tower.patch_side)

@@ -59,7 +59,7 @@ class Row:
 
 ROWS = (
     Row("LLaVA", "haotian-liu/LLaVA", "llava"),
-    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", "4.41.2", stand_ins=("av", "decord", "cv2", "datasets")),
+    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", "4.41.2", stand_ins=("av", "decord", "cv2", "datasets", "tyro")),
     Row("ShareGPT4V", "ShareGPT4Omni/ShareGPT4V", "share4v", "4.31.0"),
     Row("LLaVA-Med", "microsoft/LLaVA-Med", "llava", train=None),
     Row("MGM", "dvlab-research/MGM", "mgm", stand_ins=("paddleocr",)),
