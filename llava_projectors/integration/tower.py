@@ -181,10 +181,11 @@ class OneLayerTower(ReducedTower):
         """The features of LLaVA's class, [B, N, C] or a list of them; N is checked to be a square."""
         features = self.tower_class.forward(self, images)
         for one in features if isinstance(features, list) else [features]:
-            if one.ndim != 3 or self.see_grid(one.shape[1]):
+            if not isinstance(one, torch.Tensor) or one.ndim != 3 or self.see_grid(one.shape[1]):
+                returned = list(one.shape) if isinstance(one, torch.Tensor) else f"a {type(one).__name__}"
                 raise ProjectorSpecError(
                     f"projector type {self.projector_spec.type_string!r} needs features [images, patches, channels] of "
-                    f"a square grid; the vision tower {self.tower_class.__name__} returned {list(one.shape)}"
+                    f"a square grid; the vision tower {self.tower_class.__name__} returned {returned}"
                 )
         return features
 
