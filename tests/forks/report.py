@@ -12,7 +12,7 @@ INTRODUCTION = """\
 
 Every fork below was checked out as published and run on a CPU by `make forks FORKS=DIR`, with a tiny
 random CLIP tower (24 layers, 336 px) and a tiny random LLM in the fork's own classes. Nothing of a fork
-was changed. The same checks run on each:
+was changed. Each check runs in a process of its own. The same checks run on each:
 
 - **Visual tokens**: built with `{type}` through the fork's own `initialize_vision_modules`, two pictures through its
   own forward, tokens counted at the first layer of its LLM; the projector was called once for each call of the tower,
@@ -34,7 +34,7 @@ def write_table(results, table):
     found = [json.loads(p.read_text()) for r in ROWS for p in [results / f"{r.folder}.json"] if p.is_file()]
     lines = [INTRODUCTION.format(type="saep"), f"Python {platform.python_version()}, torch {torch.__version__}.\n\n"]
     counts = {v: sum(one["doctor"]["verdict"] == v for one in found) for v in ("works", "cannot work", "not checked")}
-    lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}.\n\n")
+    lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}. {agreement(found)}\n\n")
     heads = ("fork, commit", "package", "transformers", "doctor", "visual tokens", "saved, loaded", "its script")
     lines.append(f"| {' | '.join(heads)} | its own type |\n")
     lines.append("|---|---|---|---|---|---|---|---|\n")
@@ -42,6 +42,28 @@ def write_table(results, table):
     lines.append("\n## Why, and with what\n\n")
     lines += [f"- **{one['fork']}**: {' '.join(notes_of(one))}\n" for one in found if notes_of(one)]
     table.write_text("".join(lines))
+
+
+def agreement(found):
+    """Whether what doctor says is what happened, and whether a fork's own type was harmed, in words."""
+    counted = {one["fork"] for one in found if any("seen" in trial for trial in one["with"].get("ours", []))}
+    said = {one["fork"] for one in found if one["doctor"]["verdict"] == "works"}
+    harmed = [one["fork"] for one in found if not one["unharmed"]]
+    names = [
+        one["fork"]
+        for one in found
+        if set(one["with"].get("names", {}).get("gate", [])) != set(one["with"].get("names", {}).get("builder", []))
+    ]
+    return " ".join(
+        [
+            "doctor says *works* of exactly those whose visual tokens were counted."
+            if counted == said
+            else f"**doctor and what happened differ on {', '.join(sorted(counted ^ said))}.**",
+            f"**Other with the plugin on: {', '.join(harmed)}.**" if harmed else "None is other with the plugin on.",
+            "Of our names, the gate leaves to each fork those that its own builder builds"
+            + (f", except for {', '.join(names)}, which builds any name." if names else "."),
+        ]
+    )
 
 
 def line_of(one):
