@@ -201,7 +201,9 @@ def try_package(package: str, type_string: str, arguments: Mapping[str, str], st
     except Exception as error:
         return Report([], [Trial(NOT_CHECKED, import_failure(package, watch.cause_of(error)))])
     armed = package in autoload.armed_packages()
-    if not (stock or armed):
+    if stock:
+        autoload.unpatch(package)  # it may have called patch() by itself
+    elif not armed:
         autoload.patch(package)
     classes, failures = find_models(package)
     rows = seams.report(package)

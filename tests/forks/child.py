@@ -203,7 +203,7 @@ def run_doctor(job):
     """The diagnosis of the package; its trials are forks of this process too."""
 
     def run_trial(package, type_string, arguments, folder, stock=False):
-        report = in_fork(try_package, package, type_string, arguments, stock)
+        report = in_fork(lambda: trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, stock)))
         if "error" in report:
             return trial.Report([], [trial.Trial(trial.NOT_CHECKED, report["error"])])
         rows = [doctor.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in report["seams"]]
@@ -213,13 +213,6 @@ def run_doctor(job):
     diagnosis = doctor.diagnose([job["package"]], job["type"], job["arguments"]).as_dict()
     package = diagnosis["packages"][0]
     return {"verdict": package["verdict"], "reason": package["reason"], "trials": package["trials"]}
-
-
-def try_package(package, type_string, arguments, stock):
-    """As in a process of doctor's."""
-    if stock:
-        autoload.unpatch(package)
-    return trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, stock))
 
 
 def run_training(job):
