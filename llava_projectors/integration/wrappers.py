@@ -232,7 +232,8 @@ def announce(model: Any) -> None:
     if projector is None:
         return
     # Some forks build their projector without writing its type into the config.
-    asked = f"projector type {getattr(model.config, 'mm_projector_type', 'of ours')!r}"
+    type_string = getattr(model.config, "mm_projector_type", None)
+    asked = "a projector type of ours" if type_string is None else f"projector type {type_string!r}"
     if not isinstance(projector, Projector):
         raise ProjectorSpecError(
             f"{asked} was asked for, but {type(model).__name__} built a {type(projector).__name__} by itself, "
@@ -246,7 +247,7 @@ def announce(model: Any) -> None:
     if tower.patch_side is not None:
         check_tokens(tower.projector_spec, projector, tower.patch_side)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in projector.parameters())  # ZeRO-3 empties p
-    log(f"{model.config.mm_projector_type}: {tower.describe()}, {parameters / 1e6:.2f}M parameters")
+    log(f"{type_string}: {tower.describe()}, {parameters / 1e6:.2f}M parameters")
 
 
 def check_tokens(resolved: registry.ResolvedSpec, projector: Projector, side: int) -> None:

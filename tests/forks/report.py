@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 
 import torch
 
@@ -122,6 +123,7 @@ def notes_of(one):
     training = one.get("training")
     if training and not training.get("losses"):
         end = training.get("end") or training.get("error", "")
+        end = re.sub(r"/tmp/\w+/", "", end)
         notes.append(f"Its script ended with `{end[:160]}`.")
     if one["stand_ins"]:
         notes.append(f"Imported, never called, with stand-ins for {', '.join(one['stand_ins'])}.")
