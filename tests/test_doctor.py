@@ -255,3 +255,11 @@ def test_a_video_tower_is_refused_with_a_remedy(model_args, build_model):
     settings = vars(model_args("saep"))
     with pytest.raises(ValueError, match="--video_tower LanguageBind .* frames .* Train with the image tower alone$"):
         build_vision_tower(SimpleNamespace(**settings, video_tower="LanguageBind"))
+
+
+def test_a_transformers_outside_the_tested_range_is_not_healthy(fork, monkeypatch):
+    """A training step of LLaVA may run beside transformers 5; generating does not."""
+    monkeypatch.setattr(doctor, "TESTED", {"transformers": ("3.0", "3.5")})
+    found = fork()
+    assert found.verdict == "not checked"
+    assert "is outside the tested 3.0 to 3.5: the tiny model's training step runs (576 -> 144" in found.reason

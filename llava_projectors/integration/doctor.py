@@ -162,6 +162,12 @@ def _diagnose_package(
             f"{package} can be patched but is not: set {autoload.PACKAGES_VARIABLE}={package}, or call "
             f"llava_projectors.patch({package!r}) before training and serving; then it works ({reason})"
         )
+    elif verdict == WORKS and any(note.startswith("transformers ") for note in untested):
+        verdict = NOT_CHECKED
+        reason = (
+            f"{'; '.join(untested)}: the tiny model's training step runs ({reason}), but loading and generating "
+            "were not tried with it: install transformers 4.37.2"
+        )
     elif verdict != WORKS and untested:
         reason += f" ({'; '.join(untested)})"
     return PackageDiagnosis(
