@@ -76,6 +76,7 @@ def test_explicit_patch_after_llava_was_imported():
     assert not hasattr(build_vision_projector, "__wrapped__")
     states = {{r.seam: r.state for r in llava_projectors.patch()}}
     assert states.pop("model loader") == "missing"  # llava.model.builder is not imported here
+    assert states.pop("further initializers") == "missing"  # LLaVA has none, forks have
     assert set(states.values()) == {{"patched"}}, states
     assert build_vision_projector.__wrapped__ is mine
     {SHOW_PATCHED.replace(chr(10), chr(10) + "    ")}
@@ -122,7 +123,9 @@ def patched_again():
 def test_patch_is_idempotent_and_unpatch_restores_every_object(patched_again):
     llava_projectors.patch()
     once = attributes()
-    assert {r.state for r in llava_projectors.patch()} == {"patched"}
+    states = {r.seam: r.state for r in llava_projectors.patch()}
+    assert states.pop("further initializers") == "missing"  # LLaVA has none, forks have
+    assert set(states.values()) == {"patched"}
     twice = attributes()
     assert all(once[key] is twice[key] for key in once)
     inherited = ("LlavaLlamaForCausalLM", "from_pretrained")  # LLaVA's class has none of its own
@@ -132,7 +135,7 @@ def test_patch_is_idempotent_and_unpatch_restores_every_object(patched_again):
     restored = attributes()
     assert restored.keys() == originals.keys()
     assert all(restored[key] is originals[key] for key in originals)
-    assert {r.state for r in seams.report("llava")} == {"found"}
+    assert {r.state for r in seams.report("llava")} == {"found", "missing"}
     assert "llava" not in autoload.armed_packages()
     llava_projectors.unpatch()  # once more is harmless
     assert all(attributes()[key] is originals[key] for key in originals)

@@ -30,7 +30,8 @@ LINE = "llava_projectors: slice: a picture is cut into 1 to 9 tiles and, beside 
 @pytest.fixture(scope="module")
 def tiny(tiny):
     """With a tower of small pictures, because a picture is many tiles here."""
-    return dataclasses.replace(tiny, tower=assets.make_vision_tower(tiny.root / "clip-small", image_size=SIDE))
+    small = assets.make_vision_tower(tiny.root / "clip-small", image_size=SIDE)
+    return dataclasses.replace(tiny, tower=small, coarse_tower=small)
 
 
 @pytest.fixture(scope="module")
