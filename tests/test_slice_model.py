@@ -1,7 +1,6 @@
 """`image_aspect_ratio slice` in the real LLaVA: what the LLM receives, against sequences put together here."""
 
 import copy
-import logging
 import pickle
 
 import numpy as np
@@ -293,19 +292,6 @@ def test_stock_projectors_know_nothing_of_it(build_model, model_args, tokenizer)
         assert torch.equal(model(input_ids=ids, images=images).logits, logits)
     finally:
         llava_projectors.patch()
-
-
-@pytest.fixture
-def messages():
-    """What the package logs."""
-    found = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("llava_projectors")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield found
-    logger.removeHandler(handler)
 
 
 def test_one_warning_when_a_picture_alone_is_too_long(slice_model, messages, monkeypatch):

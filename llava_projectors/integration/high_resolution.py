@@ -8,7 +8,7 @@ would join the pictures of a batch, `CanvasBatch` takes their place, which LLaVA
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, ClassVar
 
@@ -193,11 +193,6 @@ def warn_of_length(model: Any, found: Sequence[slicing.Grid], tokens_of_tile: in
 
 
 # What runs in the place of LLaVA's methods; see `wrappers.py`
-
-
-def settings_of_model(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The config of the model whose method is called."""
-    return (next(iter(arguments.values())).config,)
 
 
 def initialize_vision_tokenizer(original: Function, package: Package, model: Any, *args: Any, **kwargs: Any) -> Any:
