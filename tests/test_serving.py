@@ -65,30 +65,37 @@ def wait_for(ask, child, log, seconds=90):
     raise AssertionError(f"no answer after {seconds} s:\n{log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="module", params=OURS)
-def server(request, trained, tmp_path_factory, environment):
-    """A controller and one worker; yields (controller's address, worker's address, model name)."""
-    folder = tmp_path_factory.mktemp("serve")
-    checkpoint = trained(request.param).checkpoint
+@contextlib.contextmanager
+def served(checkpoint, folder, environment):
+    """A controller and one worker; gives (controller's address, worker's address, the worker's log)."""
     ports = free_port(), free_port()
     controller, worker = (f"http://{HOST}:{port}" for port in ports)
+    logs = folder / "controller.log", folder / "worker.log"
     with process(
-        folder / "controller.log", "llava.serve.controller", "--host", HOST, "--port", str(ports[0]),
-        environment=environment, cwd=folder,
-    ) as first:  # fmt: skip
-        wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).ok, first, folder / "controller.log")
+        logs[0], "llava.serve.controller", "--host", HOST, "--port", str(ports[0]), environment=environment, cwd=folder
+    ) as first:
+        wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).ok, first, logs[0])
         with process(
-            folder / "worker.log", "llava.serve.model_worker", "--host", HOST, "--port", str(ports[1]),
-            "--worker-address", worker, "--controller-address", controller, "--model-path", str(checkpoint),
-            "--device", "cpu", environment=environment, cwd=folder,
+            logs[1], "llava.serve.model_worker", "--host", HOST, "--port", str(ports[1]), "--worker-address", worker,
+            "--controller-address", controller, "--model-path", str(checkpoint), "--device", "cpu",
+            environment=environment, cwd=folder,
         ) as second:  # fmt: skip
 
-            def registered():
+            def answers():
                 models = requests.post(f"{controller}/list_models", timeout=5).json()["models"]
+                # A worker registers before it listens.
                 return models and requests.post(f"{worker}/worker_get_status", timeout=5).ok
 
-            wait_for(registered, second, folder / "worker.log")
-            yield controller, worker, checkpoint.name
+            wait_for(answers, second, logs[1])
+            yield controller, worker, logs[1]
+
+
+@pytest.fixture(scope="module", params=OURS)
+def server(request, trained, tmp_path_factory, environment):
+    """Controller's address, worker's address, model name."""
+    checkpoint = trained(request.param).checkpoint
+    with served(checkpoint, tmp_path_factory.mktemp("serve"), environment) as (controller, worker, _):
+        yield controller, worker, checkpoint.name
 
 
 def generate(address, model, text, images=(), max_new_tokens=8):

@@ -9,12 +9,11 @@ import sys
 from functools import cache
 
 import pytest
-import requests
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_deepspeed import SHIM, weights, zero_config
-from test_serving import HOST, NO_CUDA, QUESTION, free_port, generate, process, prompt, wait_for
+from test_serving import HOST, NO_CUDA, QUESTION, generate, prompt, served
 from test_slice_model import llm_input, picture, prepare, reference_embeddings
 
 from llava_projectors.tiny import assets
@@ -254,39 +253,26 @@ def environment():
 def test_worker_answers_over_http(sliced, tiny, tmp_path, environment):
     """LLaVA's controller and worker, with pictures of two grids in one prompt, and one that is not RGB."""
     checkpoint = sliced(OURS[1])[1]
-    ports = free_port(), free_port()
-    controller, worker = (f"http://{HOST}:{port}" for port in ports)
-    first_log, second_log = tmp_path / "controller.log", tmp_path / "worker.log"
-    with process(
-        first_log, "llava.serve.controller", "--host", HOST, "--port", str(ports[0]), environment=environment,
-        cwd=tmp_path,
-    ) as first:  # fmt: skip
-        wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).ok, first, first_log)
-        with process(
-            second_log, "llava.serve.model_worker", "--host", HOST, "--port", str(ports[1]), "--worker-address", worker,
-            "--controller-address", controller, "--model-path", str(checkpoint), "--device", "cpu",
-            environment=environment, cwd=tmp_path,
-        ) as second:  # fmt: skip
-            wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).json()["models"], second, second_log)
-            flower, tall = (
-                base64.b64encode((tiny.images / name).read_bytes()).decode() for name in ("flower.jpg", "tower.png")
-            )
-            Image.open(tiny.images / "tower.png").convert("RGBA").save(tmp_path / "alpha.png")
-            alpha = base64.b64encode((tmp_path / "alpha.png").read_bytes()).decode()
-            answers = {}
-            for name, images in {"flower": [flower], "tall": [tall], "alpha": [alpha], "both": [flower, tall]}.items():
-                text = prompt("<image>\n" * len(images) + QUESTION)
-                chunks = generate(worker, checkpoint.name, text, images)
-                assert all(chunk["error_code"] == 0 for chunk in chunks), second_log.read_text()[-2000:]
-                answers[name] = chunks[-1]["text"][len(text) :]
-            assert all(answers.values())
-            assert answers["alpha"] == answers["tall"]
-            text = prompt(f"<image>\n{QUESTION}")
-            (chunk,) = generate(worker, checkpoint.name, text, [flower[:2000]])  # a truncated file
-            assert chunk["error_code"] == 1
-            # The most tiles of a picture take 170 of the worker's 2048 positions.
-            (refused,) = generate(worker, checkpoint.name, prompt("<image>\n" * 12 + QUESTION), [tall] * 12)
-            assert "Exceeds max token length" in refused["text"]
+    with served(checkpoint, tmp_path, environment) as (_, worker, log):
+        flower, tall = (
+            base64.b64encode((tiny.images / name).read_bytes()).decode() for name in ("flower.jpg", "tower.png")
+        )
+        Image.open(tiny.images / "tower.png").convert("RGBA").save(tmp_path / "alpha.png")
+        alpha = base64.b64encode((tmp_path / "alpha.png").read_bytes()).decode()
+        answers = {}
+        for name, images in {"flower": [flower], "tall": [tall], "alpha": [alpha], "both": [flower, tall]}.items():
+            text = prompt("<image>\n" * len(images) + QUESTION)
+            chunks = generate(worker, checkpoint.name, text, images)
+            assert all(chunk["error_code"] == 0 for chunk in chunks), log.read_text()[-2000:]
+            answers[name] = chunks[-1]["text"][len(text) :]
+        assert all(answers.values())
+        assert answers["alpha"] == answers["tall"]
+        text = prompt(f"<image>\n{QUESTION}")
+        (chunk,) = generate(worker, checkpoint.name, text, [flower[:2000]])  # a truncated file
+        assert chunk["error_code"] == 1
+        # The most tiles of a picture take 170 of the worker's 2048 positions.
+        (refused,) = generate(worker, checkpoint.name, prompt("<image>\n" * 12 + QUESTION), [tall] * 12)
+        assert "Exceeds max token length" in refused["text"]
 
 
 def test_command_line_chat(sliced, tiny, tmp_path, environment):
