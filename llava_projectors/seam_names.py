@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # Functions of a module, methods of a class, and how the classes end that load checkpoints.
-SEAM_FUNCTIONS = frozenset(
-    {"build_vision_tower", "build_image_tower", "build_vision_projector", "build_image_projector",
-     "load_pretrained_model"}
-)  # fmt: skip
+TOWER_BUILDERS = ("build_vision_tower", "build_image_tower")
+PROJECTOR_BUILDERS = ("build_vision_projector", "build_image_projector")
+MODEL_LOADERS = ("load_pretrained_model",)
+SEAM_FUNCTIONS = frozenset([*TOWER_BUILDERS, *PROJECTOR_BUILDERS, *MODEL_LOADERS])
 SEAM_METHODS = frozenset(
     {"initialize_vision_modules", "initialize_seg_modules", "initialize_depth_modules",
      "prepare_inputs_labels_for_multimodal"}

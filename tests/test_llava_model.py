@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drive import llm_input
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError
@@ -43,18 +44,6 @@ def models(build_model):
 
 def pictures(count, seed=0):
     return torch.randn(count, 3, 336, 336, generator=torch.Generator().manual_seed(seed))
-
-
-def llm_input(model, **inputs):
-    """The hidden states that the first layer of the LLM really receives."""
-    received = []
-    hook = model.get_model().layers[0].register_forward_pre_hook(lambda _, args: received.append(args[0].detach()))
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        hook.remove()
-    return received[0]
 
 
 @pytest.mark.parametrize("projector_type", COUNTS)

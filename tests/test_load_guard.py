@@ -133,8 +133,22 @@ def test_bad_checkpoints_are_errors_without_low_cpu_mem_usage(checkpoint, change
 
     folder = checkpoint("saep")
     edit(folder, change)
-    with pytest.raises(ProjectorWeightsError, match=message.split(" from ")[0].replace("does not get its weights", "")):
+    with pytest.raises(ProjectorWeightsError, match=message.split(" from .*: ")[-1]):
         LlavaLlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_download_is_looked_up_as_the_caller_says(checkpoint, tmp_path):
+    """By a name on the hub, in a folder and at a revision of the caller's: no other call would find this config."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    folder = checkpoint("saep")
+    edit(folder, without_norm)
+    kept, commit = tmp_path / "hub" / "models--someone--llava-edited", "0" * 40
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "epoch-2").write_text(commit)
+    shutil.copytree(folder, kept / "snapshots" / commit)
+    with pytest.raises(ProjectorWeightsError, match="missing: norm.weight"):
+        LlavaLlamaForCausalLM.from_pretrained("someone/llava-edited", cache_dir=tmp_path / "hub", revision="epoch-2")
 
 
 def test_a_model_without_projector_weights_does_not_answer(checkpoint):

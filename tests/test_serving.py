@@ -1,112 +1,25 @@
 """LLaVA's controller, worker, command line and evaluation, with checkpoints of our types, on the loopback."""
 
 import base64
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import requests
+from drive import NO_CUDA, generate, prompt, served
 
 OURS = ("saep", "tokenpacker")
 QUESTION = "What does the picture show?"
-HOST = "127.0.0.1"
-# LLaVA's evaluation scripts name the device `cuda`; on a machine without one, that is the CPU.
-NO_CUDA = """
-import torch
-def to(self, *args, _to=torch.Tensor.to, **kwargs):
-    if kwargs.get("device") == "cuda":
-        kwargs["device"] = "cpu"
-    return _to(self, *args, **kwargs)
-torch.Tensor.to = to
-"""
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return sock.getsockname()[1]
-
-
-def prompt(text):
-    return f"A chat. USER: {text} ASSISTANT:"
-
-
-@pytest.fixture(scope="module")
-def environment():
-    return {**os.environ, "NO_PROXY": HOST, "no_proxy": HOST}
-
-
-@contextlib.contextmanager
-def process(log, module, *arguments, environment, cwd):
-    with log.open("w") as output:
-        command = [sys.executable, "-m", module, *arguments]
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
-        try:
-            yield child
-        finally:
-            child.terminate()
-            child.wait(20)
-
-
-def wait_for(ask, child, log, seconds=90):
-    """Poll until `ask` gives something true, the child ends, or time is up."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert child.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(requests.RequestException):
-            if ask():
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"no answer after {seconds} s:\n{log.read_text()[-3000:]}")
-
-
-@contextlib.contextmanager
-def served(checkpoint, folder, environment):
-    """A controller and one worker; gives (controller's address, worker's address, the worker's log)."""
-    ports = free_port(), free_port()
-    controller, worker = (f"http://{HOST}:{port}" for port in ports)
-    logs = folder / "controller.log", folder / "worker.log"
-    with process(
-        logs[0], "llava.serve.controller", "--host", HOST, "--port", str(ports[0]), environment=environment, cwd=folder
-    ) as first:
-        wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).ok, first, logs[0])
-        with process(
-            logs[1], "llava.serve.model_worker", "--host", HOST, "--port", str(ports[1]), "--worker-address", worker,
-            "--controller-address", controller, "--model-path", str(checkpoint), "--device", "cpu",
-            environment=environment, cwd=folder,
-        ) as second:  # fmt: skip
-
-            def answers():
-                models = requests.post(f"{controller}/list_models", timeout=5).json()["models"]
-                # A worker registers before it listens.
-                return models and requests.post(f"{worker}/worker_get_status", timeout=5).ok
-
-            wait_for(answers, second, logs[1])
-            yield controller, worker, logs[1]
 
 
 @pytest.fixture(scope="module", params=OURS)
-def server(request, trained, tmp_path_factory, environment):
+def server(request, trained, tmp_path_factory):
     """Controller's address, worker's address, model name."""
     checkpoint = trained(request.param).checkpoint
-    with served(checkpoint, tmp_path_factory.mktemp("serve"), environment) as (controller, worker, _):
+    with served(checkpoint, tmp_path_factory.mktemp("serve")) as (controller, worker, _):
         yield controller, worker, checkpoint.name
-
-
-def generate(address, model, text, images=(), max_new_tokens=8):
-    """The stream of a worker, chunk by chunk."""
-    data = {
-        "model": model, "prompt": text, "images": list(images), "temperature": 0.0,
-        "max_new_tokens": max_new_tokens, "stop": "</s>",
-    }  # fmt: skip
-    with requests.post(f"{address}/worker_generate_stream", json=data, stream=True, timeout=60) as response:
-        assert response.ok
-        return [json.loads(chunk) for chunk in response.iter_lines(delimiter=b"\0") if chunk]
 
 
 def test_worker_streams_an_answer_about_an_image(server, tiny):
@@ -152,11 +65,11 @@ def test_long_prompts_are_refused_by_the_reduced_count(server, tiny):
 
 
 @pytest.mark.parametrize("projector_type", OURS)
-def test_command_line_chat(trained, tiny, tmp_path, environment, projector_type):
+def test_command_line_chat(trained, tiny, tmp_path, projector_type):
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", trained(projector_type).checkpoint, "--image-file",
          tiny.images / "flower.jpg", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "6"],
-        input=f"{QUESTION}\n\n", env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        input=f"{QUESTION}\n\n", cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     prompt_and_answer = done.stdout.split("Human: ")[1]  # the template that LLaVA picks by the model's name
@@ -165,7 +78,7 @@ def test_command_line_chat(trained, tiny, tmp_path, environment, projector_type)
 
 
 @pytest.mark.parametrize("projector_type", OURS)
-def test_evaluation_on_a_question_file(trained, tiny, tmp_path, environment, projector_type):
+def test_evaluation_on_a_question_file(trained, tiny, tmp_path, projector_type):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
     rows = [{"question_id": n, "image": name, "text": QUESTION} for n, name in enumerate(("flower.jpg", "china.jpg"))]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -174,7 +87,7 @@ def test_evaluation_on_a_question_file(trained, tiny, tmp_path, environment, pro
         [sys.executable, "-m", "llava.eval.model_vqa_loader", "--model-path", trained(projector_type).checkpoint,
          "--image-folder", tiny.images, "--question-file", questions, "--answers-file", answers,
          "--temperature", "0", "--conv-mode", "vicuna_v1", "--max_new_tokens", "24"],
-        env={**environment, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in answers.read_text().splitlines()]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drive import llm_input
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -94,18 +95,6 @@ def reference_embeddings(model, tokenizer, image):
     if rows * columns > 1:
         parts += [model.encode_images(tiles[-1:])[0], embed[newline][None]]
     return torch.cat(parts)
-
-
-def llm_input(model, **inputs):
-    """The hidden states that the first layer of the LLM really receives."""
-    received = []
-    hook = model.get_model().layers[0].register_forward_pre_hook(lambda _, args: received.append(args[0].detach()))
-    try:
-        with torch.no_grad():
-            model(**inputs)
-    finally:
-        hook.remove()
-    return received[0]
 
 
 @pytest.mark.parametrize("patch_num", GRIDS)

@@ -10,11 +10,12 @@ from functools import cache
 
 import pytest
 import torch
+from drive import NO_CUDA, generate, llm_input, prompt, served
 from PIL import Image
 from safetensors.torch import load_file
 from test_deepspeed import SHIM, weights, zero_config
-from test_serving import HOST, NO_CUDA, QUESTION, generate, prompt, served
-from test_slice_model import llm_input, picture, prepare, reference_embeddings
+from test_serving import QUESTION
+from test_slice_model import picture, prepare, reference_embeddings
 
 from llava_projectors.tiny import assets
 from llava_projectors.tiny import train as tiny_train
@@ -245,15 +246,10 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
         assert (step - expected_step).norm() < 0.02 * expected_step.norm() + rounding, key
 
 
-@pytest.fixture(scope="module")
-def environment():
-    return {**os.environ, "NO_PROXY": HOST, "no_proxy": HOST}
-
-
-def test_worker_answers_over_http(sliced, tiny, tmp_path, environment):
+def test_worker_answers_over_http(sliced, tiny, tmp_path):
     """LLaVA's controller and worker, with pictures of two grids in one prompt, and one that is not RGB."""
     checkpoint = sliced(OURS[1])[1]
-    with served(checkpoint, tmp_path, environment) as (_, worker, log):
+    with served(checkpoint, tmp_path) as (_, worker, log):
         flower, tall = (
             base64.b64encode((tiny.images / name).read_bytes()).decode() for name in ("flower.jpg", "tower.png")
         )
@@ -275,18 +271,18 @@ def test_worker_answers_over_http(sliced, tiny, tmp_path, environment):
         assert "Exceeds max token length" in refused["text"]
 
 
-def test_command_line_chat(sliced, tiny, tmp_path, environment):
+def test_command_line_chat(sliced, tiny, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", sliced(OURS[0])[1], "--image-file",
          tiny.images / "flower.jpg", "--device", "cpu", "--temperature", "0", "--max-new-tokens", "6"],
-        input=f"{QUESTION}\n\n", env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        input=f"{QUESTION}\n\n", cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert LINE in done.stderr
     assert len(done.stdout.split("Assistant: ")[1].split()) > 1, done.stdout
 
 
-def test_evaluation_on_a_question_file(sliced, tiny, tmp_path, environment):
+def test_evaluation_on_a_question_file(sliced, tiny, tmp_path):
     """With `model_vqa_loader`'s four workers, on pictures of three grids."""
     names = ("flower.jpg", "tower.png", "china.jpg")
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
@@ -298,7 +294,7 @@ def test_evaluation_on_a_question_file(sliced, tiny, tmp_path, environment):
         [sys.executable, "-m", "llava.eval.model_vqa_loader", "--model-path", sliced(OURS[0])[1],
          "--image-folder", tiny.images, "--question-file", questions, "--answers-file", answers,
          "--temperature", "0", "--conv-mode", "vicuna_v1", "--max_new_tokens", "24"],
-        env={**environment, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     texts = [json.loads(line)["text"] for line in answers.read_text().splitlines()]

@@ -67,10 +67,10 @@ def _argument(place: int) -> Callable[[Arguments], tuple[Any, ...]]:
 
 
 SEAMS = (
-    Seam("tower builder", ("build_vision_tower", "build_image_tower"), False, _argument(0), wrappers.build_tower),
+    Seam("tower builder", seam_names.TOWER_BUILDERS, False, _argument(0), wrappers.build_tower),
     Seam(
         "projector builder",
-        ("build_vision_projector", "build_image_projector"),
+        seam_names.PROJECTOR_BUILDERS,
         False,
         _argument(0),
         wrappers.build_projector,
@@ -105,7 +105,7 @@ SEAMS = (
     ),
     Seam(
         "model loader",
-        ("load_pretrained_model",),
+        seam_names.MODEL_LOADERS,
         False,
         wrappers.settings_of_model,
         wrappers.load_model,

@@ -29,9 +29,11 @@ from llava_projectors.integration.tower import (
     see_real_grid,
 )
 from llava_projectors.projectors.base import Projector
+from llava_projectors.seam_names import TOWER_BUILDERS
 from llava_projectors.spec import ProjectorSpecError
 
 Function = Callable[..., Any]
+Arguments = Mapping[str, Any]  # of a call, by name
 
 
 def build_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
@@ -72,7 +74,7 @@ def construct_model(original: Function, package: Package, model: Any, *args: Any
     announce(model)
 
 
-def settings_of_training(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def settings_of_training(arguments: Arguments) -> tuple[Any, ...]:
     """The config of the model and the arguments of the training script."""
     model, *rest = arguments.values()
     return (model.config, *rest[:1])
@@ -97,7 +99,7 @@ def initialize_vision_modules(
     return result
 
 
-def settings_of_model_in_use(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def settings_of_model_in_use(arguments: Arguments) -> tuple[Any, ...]:
     """The config of the model that a method is called on."""
     model, *_ = arguments.values()
     return (model.config,)
@@ -110,26 +112,23 @@ def initialize_other_readers(original: Function, package: Package, model: Any, *
     return result
 
 
-BUILDERS = ("build_vision_tower", "build_image_tower")
-
-
 def _tower_builder(function: Function) -> Function:
     """The (patched) function by which LLaVA's own code builds a tower."""
     names = inspect.unwrap(function).__globals__
-    builder: Optional[Function] = next((names[name] for name in BUILDERS if name in names), None)
+    builder: Optional[Function] = next((names[name] for name in TOWER_BUILDERS if name in names), None)
     if builder is None:
         raise ProjectorSpecError(
             f"{function.__qualname__} of {function.__module__} builds its vision towers by neither "
-            f"{' nor '.join(BUILDERS)}: our types cannot be used with it"
+            f"{' nor '.join(TOWER_BUILDERS)}: our types cannot be used with it"
         )
     return builder
 
 
-def settings_of_checkpoint(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def settings_of_checkpoint(arguments: Arguments) -> tuple[Any, ...]:
     """The config that `from_pretrained` is given, or would read."""
     _, source, *_ = arguments.values()
     config = arguments.get("config")
-    return (read_config(source) if config is None else config,)
+    return (read_config(source, arguments) if config is None else config,)
 
 
 def load_checkpoint(original: Function, package: Package, cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,9 +147,9 @@ def load_checkpoint(original: Function, package: Package, cls: Any, source: Any,
     return (model, info) if with_info else model
 
 
-def settings_of_model(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def settings_of_model(arguments: Arguments) -> tuple[Any, ...]:
     """The config of the checkpoint that `load_pretrained_model` is to load."""
-    return (read_config(next(iter(arguments.values()))),)
+    return (read_config(next(iter(arguments.values())), arguments),)
 
 
 def load_model(original: Function, package: Package, model_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,13 +163,18 @@ def load_model(original: Function, package: Package, model_path: Any, *args: Any
     return loaded
 
 
-def read_config(source: Any) -> Optional[SimpleNamespace]:
-    """What a checkpoint's config.json says, from a folder or from where transformers keeps what it downloaded."""
+# The arguments of a loader that say where transformers looks for a file, and as whom.
+_LOOKUP = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token", "use_auth_token")
+
+
+def read_config(source: Any, arguments: Arguments) -> Optional[SimpleNamespace]:
+    """What a checkpoint's config.json says, found as the call with these arguments finds it."""
+    given = {**arguments, **arguments.get("kwargs", {})}
+    lookup = {name: given[name] for name in _LOOKUP if given.get(name) is not None}
     try:
         from transformers.utils import cached_file
 
-        path = os.path.join(source, "config.json") if os.path.isdir(source) else cached_file(source, "config.json")
-        with open(path, encoding="utf-8") as file:
+        with open(cached_file(source, "config.json", **lookup), encoding="utf-8") as file:
             return SimpleNamespace(**json.load(file))
     except Exception:  # no such checkpoint, no network, no config: the original says so better
         return None
