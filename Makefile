@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/llava-projectors demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 test-transformers:
 	$(MAKE) VENV=.venv-transformers-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) run-on-transformers

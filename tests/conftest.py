@@ -1,5 +1,6 @@
 """Tiny models in LLaVA's formats, made once a session, and runs of LLaVA's own training script on them."""
 
+import contextlib
 import inspect
 import logging
 import os
@@ -12,13 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from packaging.version import Version
+from warm import WarmProcess
 
 os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit; the demo is what uses a GPU
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
 
 from llava_projectors.tiny import assets, train
+
+# Tests that run side by side share the cores.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of a file run in one process, because they share what its fixtures made; `alone` lifts that."""
+    for item in items:
+        if item.get_closest_marker("alone") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def skip_unless_llava_trains():
@@ -42,6 +58,7 @@ class Tiny:
     pretrain_data: Path
     finetune_data: Path
     images: Path
+    warm: WarmProcess
 
     def pretrain(self, name, projector_type, environment=None, **arguments):
         """Stage 1 in a subprocess; returns the folder with `mm_projector.bin` and the output."""
@@ -53,11 +70,18 @@ class Tiny:
         options = train.finetune_arguments(self.finetune_data, self.images, adapter, **{"max_steps": 3, **arguments})
         return self.run(name, projector_type, environment, options)
 
+    def output(self, name):
+        return self.root / "runs" / f"llava-{name}"
+
     def run(self, name, projector_type, environment, options):
         skip_unless_llava_trains()
-        output = self.root / "runs" / f"llava-{name}"
+        output = self.output(name)
         command = train.training_command(output, self.llm, self.coarse_tower, projector_type, **options)
-        return output, train.run(command, self.root / "runs" / f"{name}.log", environment)
+        log = self.root / "runs" / f"{name}.log"
+        if environment is not None:
+            return output, train.run(command, log, environment)
+        log.parent.mkdir(exist_ok=True)
+        return output, train.output_of(log, self.warm.run(command, log))
 
 
 @pytest.fixture
@@ -90,17 +114,28 @@ def installed_distribution(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    pretrain_data, finetune_data = assets.make_dataset(root / "data", num_scenes=2)
-    return Tiny(
-        root,
-        assets.make_vision_tower(root / "clip"),
-        assets.make_vision_tower(root / "clip-coarse", patch_size=28),
-        assets.make_llm(root / "vicuna"),
-        pretrain_data,
-        finetune_data,
-        root / "data" / "images",
-    )
+    """One folder for all processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if WORKERS == 1 else base.parent) / "tiny"
+    made = root / "made"
+    with FileLock(f"{root}.lock"):
+        if not made.exists():
+            assets.make_dataset(root / "data", num_scenes=2)
+            assets.make_vision_tower(root / "clip")
+            assets.make_vision_tower(root / "clip-coarse", patch_size=28)
+            assets.make_llm(root / "vicuna")
+            made.touch()
+    with contextlib.closing(WarmProcess()) as warm:
+        yield Tiny(
+            root,
+            root / "clip",
+            root / "clip-coarse",
+            root / "vicuna",
+            root / "data" / "pretrain.json",
+            root / "data" / "finetune.json",
+            root / "data" / "images",
+            warm,
+        )
 
 
 @dataclass
@@ -117,11 +152,15 @@ def trained(tiny):
     @cache
     def get(projector_type):
         name = projector_type.replace(":", "-").replace("=", "-")
-        adapter, first = tiny.pretrain(f"{name}-pretrain", projector_type)
-        checkpoint, second = tiny.finetune(
-            name, projector_type, adapter / "mm_projector.bin", max_steps=60, learning_rate=4e-3
-        )
-        return Trained(adapter, checkpoint, first + second)
+        outputs = tiny.root / f"{name}.txt"
+        with FileLock(f"{outputs}.lock"):
+            if not outputs.exists():
+                adapter, first = tiny.pretrain(f"{name}-pretrain", projector_type)
+                _, second = tiny.finetune(
+                    name, projector_type, adapter / "mm_projector.bin", max_steps=60, learning_rate=4e-3
+                )
+                outputs.write_text(first + second)
+        return Trained(tiny.output(f"{name}-pretrain"), tiny.output(name), outputs.read_text())
 
     return get
 

@@ -78,6 +78,15 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
             stdin=subprocess.DEVNULL,
             env={**os.environ, "TRANSFORMERS_OFFLINE": "1", **(environment or {})},
         ).returncode
+    return output_of(log, status)
+
+
+def output_of(log: Path, status: int) -> str:
+    """What a command that ended with this status has written.
+
+    Raises:
+        TrainingFailed: a non-zero exit status.
+    """
     if status:
         with log.open() as file:
             end = "".join(deque(file, maxlen=15))

@@ -22,7 +22,6 @@ from tests.forks.table import COMPANIONS, EXTRAS, ROWS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-TYPE = "saep"
 
 
 def main():
@@ -102,7 +101,7 @@ def examine(row, options, processes, data):
     checkout = (options.forks / row.folder).resolve()
     common = {
         "package": row.package,
-        "type": TYPE,
+        "type": row.type_string,
         "arguments": row.arguments,
         "config": row.config,
         "checkout": str(checkout / row.below),
@@ -111,7 +110,13 @@ def examine(row, options, processes, data):
     }
     (options.results / f"{row.folder}.log").write_text("")
     found = {"fork": row.folder, "repository": row.repository, "commit": commit_of(checkout), "package": row.package}
-    found.update(transformers=row.transformers, arguments=row.arguments, tower=row.tower, stand_ins=row.stand_ins)
+    found.update(
+        transformers=row.transformers,
+        type=row.type_string,
+        arguments=row.arguments,
+        tower=row.tower,
+        stand_ins=row.stand_ins,
+    )
     found["without"] = processes.run(job="models", armed=False, **common)
     found["with"] = processes.run(job="models", armed=True, **common)
     found["unharmed"] = all(found["without"].get(k) == found["with"].get(k) for k in ("error", "stock", "failures"))

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from tests.forks.table import ROWS
+from tests.forks.table import ROWS, USUAL_TYPE
 
 INTRODUCTION = """\
 # Forks of LLaVA
@@ -24,8 +24,8 @@ was changed. Each check runs in a process of its own. The same checks run on eac
   off; where the fork fails by itself, the error is the same.
 - **doctor**: what `llava-projectors doctor` says. Exit status 0 only for *works*.
 
-*not checked* means that the fork itself could not be run here, with any projector. Forks whose usual tower is not
-CLIP are marked; what was not tried with that tower is not claimed.
+*not checked* means that the fork itself could not be run here, with any projector. A fork that was tried with other
+settings than these says so below; so does one whose usual tower was not tried.
 
 """
 
@@ -33,7 +33,10 @@ CLIP are marked; what was not tried with that tower is not claimed.
 def write_table(results, table):
     """One line a fork, then the reasons."""
     found = [json.loads(p.read_text()) for r in ROWS for p in [results / f"{r.folder}.json"] if p.is_file()]
-    lines = [INTRODUCTION.format(type="saep"), f"Python {platform.python_version()}, torch {torch.__version__}.\n\n"]
+    lines = [
+        INTRODUCTION.format(type=USUAL_TYPE),
+        f"Python {platform.python_version()}, torch {torch.__version__}.\n\n",
+    ]
     counts = {v: sum(one["doctor"]["verdict"] == v for one in found) for v in ("works", "cannot work", "not checked")}
     lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}. {agreement(found)}\n\n")
     heads = ("fork, commit", "package", "transformers", "doctor", "visual tokens", "saved, loaded", "its script")
@@ -108,8 +111,12 @@ def script_of(one):
 def notes_of(one):
     """What the table has no room for."""
     notes = []
-    if one["arguments"]:
-        notes.append("With " + ", ".join(f"`--{name} {value}`" for name, value in one["arguments"].items()) + ".")
+    settings = {
+        **({"mm_projector_type": one["type"]} if one.get("type", USUAL_TYPE) != USUAL_TYPE else {}),
+        **one["arguments"],
+    }
+    if settings:
+        notes.append("With " + ", ".join(f"`--{name} {value}`" for name, value in settings.items()) + ".")
     if one["tower"] != "CLIP":
         notes.append(f"Tried with CLIP; its usual tower is {one['tower']}.")
     works = [t for t in one["with"].get("ours", []) if "seen" in t]

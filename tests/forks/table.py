@@ -25,6 +25,8 @@ EXTRAS = (
     "networkx", "tifffile", "lazy_loader", "easydict", "termcolor", "pycocotools",
 )  # fmt: skip
 
+USUAL_TYPE = "saep"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -40,6 +42,7 @@ class Row:
         config: settings that its training script copies into the model's config by itself.
         stand_ins: packages that it imports and these checks never call.
         tower: its usual one is another than CLIP, and was not tried.
+        type_string: the projector it is tried with; a tower without hidden states needs one layer.
         train: module of its training script; None when it cannot run here.
         train_arguments: what its script needs beyond LLaVA's.
     """
@@ -53,6 +56,7 @@ class Row:
     config: tuple[str, ...] = ()
     stand_ins: tuple[str, ...] = ()
     tower: str = "CLIP"
+    type_string: str = USUAL_TYPE
     train: Optional[str] = "train.train"
     train_arguments: dict[str, str] = field(default_factory=dict)
 
@@ -72,7 +76,8 @@ ROWS = (
     Row("RLAIF-V", "RLHF-V/RLAIF-V", "llava", train=None),
     Row("LLaVA-MORE", "aimagelab/LLaVA-MORE", "src.llava", "4.45.2"),
     Row("Bunny", "BAAI-DCAI/Bunny", "bunny", "4.39.3", stand_ins=("xformers", "s2wrapper")),
-    Row("ml-fastvlm", "apple/ml-fastvlm", "llava", tower="MobileCLIP"),
+    Row("ml-fastvlm", "apple/ml-fastvlm", "llava", type_string="saep:layers=-1",
+        arguments={"vision_tower": "mobileclip_l_512", "mm_vision_select_layer": "-1"}),
     Row("MobileVLM", "Meituan-AutoML/MobileVLM", "mobilevlm", "4.31.0", config=("vision_tower_type",)),
     Row("Video-LLaVA", "PKU-YuanGroup/Video-LLaVA", "videollava", "4.31.0", tower="LanguageBind"),
     Row("GeoChat", "mbzuai-oryx/GeoChat", "geochat", "4.31.0"),
