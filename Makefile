@@ -94,5 +94,4 @@ check-vllm: $(EXPORT_RUN)
 	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py
 
 clean:
-	rm -rf $(VENV) $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info
-	rm -rf $(VENV) .forks $(wildcard .venv-transformers-*) runs build dist *.egg-info
+	rm -rf $(VENV) .forks $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info

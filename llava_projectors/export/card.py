@@ -49,7 +49,12 @@ vLLM; the second template adds the start token, which vLLM leaves out of chats:
 ```bash
 vllm serve {name} {flag}--chat-template {name}/chat_template_vllm.jinja
 ```
-{travels}"""
+{spaces}{travels}"""
+
+SPACES = """
+LLaVA's tokenizer was saved with `legacy: false`: it gives no space behind `</s>`, the one here does. Prompts \
+of one turn are the same tokens; in those of several turns, one token after each `</s>` may differ.
+"""
 
 TRAVELS_NOT = """
 The code of this projector does not travel: {reason}. Install llava-projectors and the package that \
@@ -64,6 +69,7 @@ def model_card(
     name: str,
     conversation: str,
     travels_not: Optional[str],
+    spaces_differ: bool,
 ) -> str:
     """The text of `README.md`.
 
@@ -74,6 +80,7 @@ def model_card(
         name: of the folder.
         conversation: the template's name.
         travels_not: why the projector's code is not in the folder, or None.
+        spaces_differ: see `tokenizer.spaces_differ`.
     """
     vision, text = config["vision_config"], config["text_config"]
     options = {key: value for key, value in config["mm_projector_options"].items() if value is not None}
@@ -96,5 +103,6 @@ def model_card(
         needs=" (or any environment with llava-projectors, without `trust_remote_code`)" if not travels_not else "",
         trust=not travels_not,
         flag="" if travels_not else "--trust-remote-code ",
+        spaces=SPACES if spaces_differ else "",
         travels=TRAVELS_NOT.format(reason=travels_not, type_string=config["mm_projector_type"]) if travels_not else "",
     )

@@ -25,7 +25,7 @@ from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight, read
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.templates import TEMPLATES, with_start_token
 from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, write_checkpoint
-from llava_projectors.export.tokenizer import export_tokenizer
+from llava_projectors.export.tokenizer import export_tokenizer, spaces_differ
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
@@ -380,9 +380,9 @@ def export_checkpoint(
         _write_json(folder / "config.json", config)
         ids = {name: config["text_config"].get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-        (folder / "README.md").write_text(
-            model_card(config, str(source), base, target.name, conversation, travels), encoding="utf-8"
-        )
+        spaces = spaces_differ(checkpoint.tokenizer)
+        card = model_card(config, str(source), base, target.name, conversation, travels, spaces)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(folder, outputs, torch_dtype, progress, shard_bytes)
     return export
 

@@ -72,6 +72,12 @@ def export_tokenizer(source: Path, target: Path, chat_template: str) -> int:
     return int(tokenizer.token_to_id(IMAGE_TOKEN))
 
 
+def spaces_differ(source: Path) -> bool:
+    """Whether LLaVA's tokenizer gives no space behind special tokens, as the exported one does."""
+    is_rebuilt = (source / "tokenizer.model").is_file()
+    return is_rebuilt and _read_json(source / "tokenizer_config.json").get("legacy") is False
+
+
 def from_sentencepiece(path: Path) -> Any:
     """A `tokenizers.Tokenizer` with the pieces of a sentencepiece BPE model and Llama's "legacy" rules for spaces.
 

@@ -183,20 +183,35 @@ def test_the_card_says_what_it_is(trained, tmp_path):
         f"llava-projectors {llava_projectors.__version__}", "vicuna_v1",
     ):  # fmt: skip
         assert part in card
+    assert "legacy" not in card
+
+
+def test_the_card_says_where_tokens_differ(trained, tmp_path):
+    """As Vicuna's own tokenizer is saved."""
+    source = tmp_path / "llava-vicuna"
+    shutil.copytree(trained("saep").checkpoint, source)
+    settings = source / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "legacy": False}))
+    export_checkpoint(str(source), tmp_path / "out")
+    assert "saved with `legacy: false`" in (tmp_path / "out" / "README.md").read_text()
 
 
 # Tokenizer and templates
 
 
-def test_tokens_are_llavas(trained, tmp_path):
-    """1,000 prompts with 0 to 2 pictures, spaces, line breaks and characters beyond the vocabulary."""
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokens_are_llavas(trained, tmp_path, legacy):
+    """1,000 prompts of one turn with pictures, spaces, line breaks and characters beyond the vocabulary."""
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import tokenizer_image_token
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     source = trained("saep").checkpoint
     export_checkpoint(str(source), tmp_path / "out")
-    ours, llavas = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"), LlamaTokenizer.from_pretrained(source)
+    ours, llavas = (
+        PreTrainedTokenizerFast.from_pretrained(tmp_path / "out"),
+        LlamaTokenizer.from_pretrained(source, legacy=legacy),
+    )
     image = ours.convert_tokens_to_ids("<image>")
     words = [
         "the",
