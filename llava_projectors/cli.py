@@ -86,17 +86,22 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     show = commands.add_parser(
         "show",
-        help="draw over a picture what each visual token was made from",
-        description="Writes a PNG: the picture with its patch grid and, for six visual tokens or those of --token, the "
-        "patches that went into them: TokenPacker's attention weights, the effective receptive field of other types. "
+        help="draw over a picture, or on a page, what each visual token was made from",
+        description="Writes a PNG: the picture as the model receives it, with its patch grid, and for six visual "
+        "tokens, or those of --token, the patches that went into them: TokenPacker's attention weights, the effective "
+        "receptive field of other types. With --html, or an --output that ends in .html, writes a page in one file "
+        "instead: pointing at a token shows its patches, pointing at a patch the tokens that take it. "
         "Needs the extra llava-projectors[viz]; with --model-path also LLaVA.",
     )
-    show.add_argument(
-        "image", type=Path, metavar="IMAGE", help="picture; cropped to its central square unless in tiles"
-    )
+    show.add_argument("image", type=Path, metavar="IMAGE", help="picture of any size and kind")
     weights_of = show.add_mutually_exclusive_group()
-    weights_of.add_argument("--type", help="a type string, with random weights (saep)")
-    weights_of.add_argument("--model-path", help="a LLaVA checkpoint with one of our projectors, trained")
+    weights_of.add_argument(
+        "--type", help="a type string, with random weights (saep); the picture is cropped to its central square"
+    )
+    weights_of.add_argument(
+        "--model-path",
+        help="a trained LLaVA checkpoint with one of our projectors; the picture is padded or cropped as it says",
+    )
     show.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
     show.add_argument(
         "--tiles",
@@ -104,8 +109,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         choices=(9, 16, 25),
         help="cut the picture into at most so many tiles (default: as the checkpoint does; else one square)",
     )
-    show.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
-    show.add_argument("--output", type=Path, default=Path("tokens.png"), help="picture to write (%(default)s)")
+    show.add_argument("--token", type=int, action="append", default=[], help="a visual token to draw, may be repeated")
+    show.add_argument("--html", action="store_true", help="write a page with every token")
+    show.add_argument("--output", type=Path, help="file to write (tokens.png; with --html tokens.html)")
     show.set_defaults(run=run_show)
 
     export = commands.add_parser(
@@ -238,12 +244,21 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_show(arguments: argparse.Namespace) -> int:
     """Draw the maps of visual tokens; status 1 with the reason when they cannot be."""
+    ending = ".html" if arguments.html else ".png"
+    output = arguments.output or Path("tokens")
+    target = output if output.suffix or output.is_dir() else output.with_name(output.name + ending)
+    if arguments.html and target.suffix.lower() not in ("", ending):
+        print(f"cannot show {arguments.image}: --html writes a page, and --output {target} is none", file=sys.stderr)
+        return 1
+    if arguments.model_base is not None and arguments.model_path is None:
+        print(f"cannot show {arguments.image}: --model-base belongs to a --model-path", file=sys.stderr)
+        return 1
     try:
         from llava_projectors.viz import show
 
         title = show(
             arguments.image,
-            arguments.output,
+            target,
             arguments.type,
             arguments.model_path,
             arguments.model_base,
@@ -253,11 +268,16 @@ def run_show(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         return lacks_package("the picture", "viz", error)
     except (OSError, ValueError) as error:
-        print(f"cannot show {arguments.image}: {error}", file=sys.stderr)
+        print(f"cannot show {arguments.image}: {first_line(error)}", file=sys.stderr)
         return 1
     print(title)
-    print(f"Drawn to {arguments.output}")
+    print(f"Written to {target.resolve()}")
     return 0
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, which transformers makes several lines long."""
+    return str(error).strip().split("\n")[0]
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

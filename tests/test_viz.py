@@ -1,5 +1,10 @@
 """What a visual token was made from: maps whose truth is known, and the command."""
 
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +13,10 @@ from test_projectors import features_for, randomise
 from llava_projectors import build_projector, viz
 from llava_projectors.cli import main
 from llava_projectors.projectors import tokenpacker
+from llava_projectors.viz.draw import draw
+from llava_projectors.viz.models import random_model
+from llava_projectors.viz.picture import read_picture
+from llava_projectors.viz.view import make_view, own_regions
 
 
 @pytest.mark.parametrize(("type_string", "side"), [("avg_pool:stride=3", 12), ("avg_pool", 7)])
@@ -79,13 +88,89 @@ def test_command_draws_a_trained_projector(tmp_path, capsys, tiny, trained):
         ("flower.jpg", ["--token", "144"], "token 144 does not exist: there are 144, 0 to 143"),
         ("flower.jpg", ["--type", "seap"], "did you mean 'saep'"),
         ("no.jpg", [], "No such file"),
+        ("../finetune.json", [], "cannot identify image file"),
+        ("flower.jpg", ["--model-base", "vicuna"], "--model-base belongs to a --model-path"),
+        ("flower.jpg", ["--html"], "--html writes a page, and --output"),
     ],
 )
 def test_bad_input_is_explained(tmp_path, capsys, tiny, image, arguments, message):
     target = tmp_path / "tokens.png"
     assert main(["show", str(tiny.images / image), *arguments, "--output", str(target)]) == 1
-    assert message in capsys.readouterr().err
+    assert message in one_line(capsys)
     assert not target.exists()
+
+
+def one_line(capsys):
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails when a model is made: what is wrong is said before."""
+    monkeypatch.setattr("llava_projectors.viz.models.Model.__init__", None)
+    monkeypatch.setattr("llava.model.builder.load_pretrained_model", None)
+
+
+@pytest.mark.parametrize(
+    ("output", "arguments", "message"),
+    [
+        ("", [], "is a folder: name a file in it"),
+        ("", ["--html"], "is a folder: name a file in it"),
+        ("missing/tokens.png", [], "would lie in a folder that does not exist: make"),
+        ("tokens.jxl", [], "must end in one of .html, "),
+        ("picture.png", [], "would overwrite the picture itself"),
+        ("tokens.html", ["--token", "3"], "a page has every token: leave --token out"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, capsys, no_model, output, arguments, message):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    assert main(["show", str(picture), "--output", str(tmp_path / output), *arguments]) == 1
+    assert message in one_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "files", "base", "message"),
+    [
+        ("llava-mlp", {"mm_projector_type": "mlp2x_gelu"}, [], None, "a projector of type 'mlp2x_gelu', none of ours"),
+        (
+            "vicuna",
+            {"model_type": "llama"},
+            [],
+            None,
+            "is no LLaVA checkpoint: its config.json has no mm_projector_type",
+        ),
+        ("mine", {"mm_projector_type": "saep"}, [], None, "'mine' lacks 'llava': rename the folder"),
+        ("llava-a", {"mm_projector_type": "saep"}, ["mm_projector.bin"], None, "pass --model-base"),
+        ("llava-b", {"mm_projector_type": "saep"}, ["adapter_config.json"], "vicuna", "'llava-b' lacks 'lora'"),
+        ("llava-c", {"mm_projector_type": "saep"}, [], None, "has no weights"),
+        ("llava-d", None, [], None, "config.json"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_shown_is_refused_first(
+    tmp_path, capsys, tiny, no_model, name, config, files, base, message
+):
+    folder = tmp_path / name
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    for file in files:
+        (folder / file).touch()
+    arguments = ["--model-path", str(folder), "--output", str(tmp_path / "tokens.png")]
+    arguments += ["--model-base", base] if base else []
+    assert main(["show", str(tiny.images / "flower.jpg"), *arguments]) == 1
+    assert message in one_line(capsys)
+
+
+def test_the_path_that_is_printed_is_the_file(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    for output, expected in ((["--output", "a.b/tokens"], "a.b/tokens.png"), (["--html"], "tokens.html")):
+        (tmp_path / expected).parent.mkdir(exist_ok=True)
+        assert main(["show", str(tiny.images / "flower.jpg"), "--type", "tokenpacker:scale_factor=4", *output]) == 0
+        assert capsys.readouterr().out.endswith(f"Written to {tmp_path / expected}\n")
+        assert (tmp_path / expected).stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("tiles", "expected"), [(9, "2x3 tiles and a thumbnail"), (25, "2x3 tiles and a thumbnail")])
@@ -97,21 +182,118 @@ def test_command_draws_tiles(tmp_path, capsys, tiny, tiles, expected):
     with Image.open(target) as drawn:
         assert drawn.width > 500
     assert main([*arguments, "--token", "252", "--output", str(target)]) == 1
-    assert "token 252 does not exist: there are 252, 0 to 251" in capsys.readouterr().err
+    assert "token 252 does not exist: there are 252, 0 to 251" in one_line(capsys)
 
 
-def test_a_tokens_map_lies_in_its_tile(tiny):
-    """Six tokens of average pooling: each map covers its own region, at its own tile's place in the canvas."""
-    from llava_projectors.integration.image_processor import set_slicing
-    from llava_projectors.viz import models, tiles
-
-    get_features, projector, processor = models.random_model("avg_pool:stride=4")
-    set_slicing(processor, 9)
-    picture = Image.new("RGB", (1008, 672), "green")
-    figure, title = tiles.draw_in_tiles(picture, processor, get_features, projector, [0, 4 * 36 + 7, 6 * 36])
-    assert title.startswith("1008x672 in 2x3 tiles")
-    extents = [tuple(axis.images[1].get_extent()) for axis in figure.axes[1:4]]
-    assert extents == [(0, 336, 336, 0), (336, 672, 672, 336), (0, 336, 1008, 672)]
-    (found,) = (axis.images[1].get_array() for axis in figure.axes[2:3])
-    rows, columns = (found.sum(dim).nonzero()[0].tolist() for dim in (1, 0))
+def test_a_tokens_map_lies_in_its_tile():
+    """Three tokens of average pooling: each map covers its own region, at its own tile's place in the canvas."""
+    view = make_view(random_model("avg_pool:stride=4", 9), Image.new("RGB", (1008, 672), "green"), [0, 151, 216])
+    assert view.title.startswith("avg_pool:stride=4: 1008x672 in 2x3 tiles")
+    assert view.name(151) == "token 151 (tile 4, row 1, column 1)"
+    panels = draw(view).axes[1:4]
+    assert [tuple(axis.images[1].get_extent()) for axis in panels] == [
+        (0, 336, 336, 0), (336, 672, 672, 336), (0, 336, 1008, 672),
+    ]  # fmt: skip
+    found = torch.from_numpy(panels[1].images[1].get_array().data)
+    rows, columns = (found.sum(dim).nonzero().flatten().tolist() for dim in (1, 0))
     assert (rows, columns) == ([4, 5, 6, 7], [4, 5, 6, 7])  # token 7 of 6x6 regions of 4x4 patches
+    (outline,) = panels[1].patches
+    assert outline.get_bbox().bounds == (336 + 56, 336 + 56, 56, 56)
+
+
+def test_all_maps_are_drawn_on_one_scale():
+    view = make_view(random_model("saep"), Image.new("RGB", (336, 336), "green"), [0, 40])
+    figure = draw(view)
+    limits = (0, pytest.approx(100 * view.maps.max().item()))
+    assert [panel.images[1].get_clim() for panel in figure.axes[1:3]] == [limits, limits]
+    assert figure.axes[-1].get_ylabel() == "share of the token that comes from a patch, %"
+    assert figure.axes[-1].get_ylim() == limits
+
+
+@pytest.mark.parametrize(
+    "type_string", ["saep", "saep:stride=3", "ldpv2", "pixel_shuffle", "resampler", "c_abstractor"]
+)
+def test_other_random_directions_draw_the_same_map(tiny, type_string):
+    model = random_model(type_string)
+    with Image.open(tiny.images / "flower.jpg") as picture, torch.no_grad():
+        features = model.features(model.pixels(picture)[None])
+    first, second = (viz.token_maps(model.projector, features, [0, 27, 40], seed).flatten(1) for seed in (0, 1))
+    for pair in zip(first, second):
+        assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.998
+
+
+@pytest.mark.parametrize("type_string", ["saep:stride=3", "saep:kernel_size=2", "resampler:num_queries=4"])
+def test_a_receptive_field_is_the_norm_of_the_derivative(type_string):
+    projector = randomise(build_projector(type_string, 8, 32)).float()
+    features = features_for(projector, side=7, batch=1).float()
+    jacobian = torch.autograd.functional.jacobian(lambda x: projector(x)[0], features)[:, :, 0]
+    exact = jacobian.square().sum((1, 3)).sqrt()
+    exact /= exact.sum(1, keepdim=True)
+    found = viz.token_maps(projector, features, range(len(exact))).flatten(1)
+    assert torch.equal(found > 0, exact > 0)
+    assert (found - exact).abs().max() < 0.1 * exact.max()
+
+
+def test_own_regions():
+    """Of tokens that have a place; a stride that does not divide the grid leaves less for the last ones."""
+    regions = own_regions(build_projector("saep:stride=3", 8, 16), side=7, count=9)
+    assert (len(regions), regions[0], regions[5], regions[8]) == (9, (0, 0, 3, 3), (3, 6, 6, 7), (6, 6, 7, 7))
+    assert own_regions(build_projector("resampler:num_queries=49", 8, 16), side=7, count=49) is None
+
+
+def saved(path, picture, **options):
+    picture.save(path, **options)
+    return np.asarray(read_picture(path))
+
+
+def test_every_depth_of_a_picture(tmp_path):
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    grey = Image.fromarray(ramp)
+    assert (saved(tmp_path / "8.png", grey) == ramp[..., None]).all()
+    assert (saved(tmp_path / "16.png", Image.fromarray(ramp * np.uint16(257))) == ramp[..., None]).all()
+    big_endian = Image.frombytes("I;16B", (8, 8), (ramp * np.uint16(257)).astype(">u2").tobytes())
+    assert (saved(tmp_path / "16.tiff", big_endian) == ramp[..., None]).all()
+    assert (
+        saved(tmp_path / "1.png", grey.point(lambda v: 255 * (v > 127), "1")) == (ramp > 127)[..., None] * 255
+    ).all()
+    colours = Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], -1))
+    assert (
+        saved(tmp_path / "palette.png", colours.quantize(64)) == np.asarray(colours.quantize(64).convert("RGB"))
+    ).all()
+    cmyk = saved(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
+    assert (cmyk.reshape(-1, 3) == [254, 0, 0]).all() or np.abs(cmyk.astype(int) - [255, 0, 0]).max() < 4
+    with pytest.raises(ValueError, match="floating-point numbers of unknown range"):
+        saved(tmp_path / "float.tiff", grey.convert("F"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_lies_on_white(tmp_path, messages, mode):
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.paste((0, 0, 0, 255) if mode != "RGB" else (9, 9, 9, 255), (4, 0, 8, 8))
+    if mode == "P":
+        indices = Image.fromarray(np.repeat(np.uint8([[0] * 4 + [1] * 4]), 8, 0))
+        indices.putpalette([0, 0, 0, 0, 0, 0])
+        found = saved(tmp_path / "a.png", indices, transparency=0)
+    else:
+        found = saved(tmp_path / "a.png", half.convert(mode), **({"transparency": (0, 0, 0)} if mode == "RGB" else {}))
+    assert (found[:, :4] == 255).all()
+    assert (found[:, 4:] < 10).all()
+    (line,) = messages
+    assert "transparent parts are laid on white here; LLaVA's own scripts drop the transparency" in line
+
+
+def test_orientation_is_left_as_llava_leaves_it(tmp_path):
+    picture = Image.new("RGB", (20, 10), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert saved(tmp_path / "a.jpg", picture, exif=exif).shape == (10, 20, 3)
+
+
+def test_the_picture_is_padded_where_llava_pads_it():
+    model = random_model("avg_pool")
+    padded = dataclasses.replace(model, config=SimpleNamespace(image_aspect_ratio="pad"))
+    picture = Image.new("RGB", (400, 200), "red")
+    assert make_view(model, picture, [0]).picture.getcolors() == [(336 * 336, (255, 0, 0))]
+    drawn = make_view(padded, picture, [0]).picture
+    assert drawn.getpixel((168, 168)) == (255, 0, 0)
+    assert drawn.getpixel((168, 10)) == drawn.getpixel((168, 325)) == (122, 116, 104)  # CLIP's mean

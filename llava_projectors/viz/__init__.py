@@ -1,4 +1,4 @@
-"""Pictures of what each visual token was made from."""
+"""Pictures and pages of what each visual token was made from."""
 
 from llava_projectors.viz.maps import token_maps
 from llava_projectors.viz.show import show

@@ -9,11 +9,11 @@ import torch
 
 from llava_projectors.projectors.base import Projector
 
-# Enough random directions that a map does not change visibly with more.
-PROBES = 8
+# Enough random directions that other ones draw the same picture: see `token_maps`.
+PROBES = 32
 
 
-def token_maps(projector: Projector, features: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+def token_maps(projector: Projector, features: torch.Tensor, tokens: Sequence[int], seed: int = 0) -> torch.Tensor:
     """How much each patch went into each token.
 
     Where the projector has `region_weights` (TokenPacker), these are its attention weights, the
@@ -25,6 +25,7 @@ def token_maps(projector: Projector, features: torch.Tensor, tokens: Sequence[in
         projector: of any type.
         features: one image, [1, H*H, L*C].
         tokens: indices of visual tokens, row by row.
+        seed: of the random directions.
 
     Returns:
         [len(tokens), H, H], each map with sum 1.
@@ -37,21 +38,40 @@ def token_maps(projector: Projector, features: torch.Tensor, tokens: Sequence[in
         if not 0 <= token < count:
             raise ValueError(f"token {token} does not exist: there are {count}, 0 to {count - 1}")
     weights = getattr(projector, "region_weights", None)
-    maps = weights(features)[0][list(tokens)] if weights else _receptive_fields(projector, features, tokens)
+    maps = weights(features)[0][list(tokens)] if weights else _receptive_fields(projector, features, tokens, seed)
     return (maps / maps.sum((1, 2), keepdim=True)).detach()
 
 
-def _receptive_fields(projector: Projector, features: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+def _receptive_fields(projector: Projector, features: torch.Tensor, tokens: Sequence[int], seed: int) -> torch.Tensor:
     features = features.detach().requires_grad_()
     out = projector(features)[0]
+    generator = torch.Generator().manual_seed(seed)
+
+    def probe(group: Sequence[int]) -> torch.Tensor:
+        """[H*H], squares of the derivative of these tokens, each in a random direction of its own."""
+        directions = torch.randn(len(group), out.shape[1], generator=generator).to(out)
+        (gradient,) = torch.autograd.grad((out[group] * directions).sum(), features, retain_graph=True)
+        return gradient[0].float().square().sum(-1)
+
+    squares = torch.stack([probe([token]) for token in tokens])
+    reached = squares > 0
+    for members in _disjoint(reached.cpu()):
+        together = [tokens[member] for member in members]
+        for _ in range(PROBES - 1):
+            squares[members] += probe(together) * reached[members]
     side = math.isqrt(features.shape[1])
-    generator = torch.Generator().manual_seed(0)
-    fields = []
-    for token in tokens:
-        squares = torch.zeros(features.shape[1], device=features.device)
-        for _ in range(PROBES):
-            direction = torch.randn(out.shape[1], generator=generator).to(out)
-            (gradient,) = torch.autograd.grad(out[token] @ direction, features, retain_graph=True)
-            squares += gradient[0].float().square().sum(-1)
-        fields.append((squares / PROBES).sqrt().unflatten(0, (side, side)))
-    return torch.stack(fields)
+    return (squares / PROBES).sqrt().unflatten(1, (side, side))
+
+
+def _disjoint(reached: torch.Tensor) -> list[list[int]]:
+    """Rows of a bool [M, N] in groups within which no column is true twice: one derivative serves a whole group."""
+    groups: list[tuple[list[int], torch.Tensor]] = []
+    for row, columns in enumerate(reached):
+        for members, taken in groups:
+            if not (taken & columns).any():
+                members.append(row)
+                taken |= columns
+                break
+        else:
+            groups.append(([row], columns.clone()))
+    return [members for members, _ in groups]

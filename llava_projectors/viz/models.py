@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
 
 import torch
+from PIL import Image
 
 from llava_projectors import registry
+from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
+from llava_projectors.integration.log import log
 from llava_projectors.projectors.base import Projector
 
 
-def random_model(type_string: str, width: int = 64, hidden_size: int = 128) -> tuple[Any, Projector, Any]:
+@dataclass(frozen=True)
+class Model:
+    """A vision tower and a projector.
+
+    Attributes:
+        type_string: of the projector.
+        source: where the weights are from, in words.
+        features: pixels [1, 3, side, side] -> features [1, H*H, L*C].
+        projector: that reads them.
+        processor: the tower's image processor.
+        config: LLaVA's, or None for a model that LLaVA has not made.
+    """
+
+    type_string: str
+    source: str
+    features: Callable[[torch.Tensor], torch.Tensor]
+    projector: Projector
+    processor: Any
+    config: Any = None
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """What the tower gets of a picture, as LLaVA prepares it: [3, side, side], or a canvas of tiles."""
+        if self.config is None or isinstance(self.processor, SlicingProcessor):
+            return self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0]
+        from llava.mm_utils import process_images
+
+        pixels = process_images([picture], self.processor, self.config)[0]
+        if pixels.ndim == 4:
+            log("image_aspect_ratio anyres: drawn on the overview of the whole picture, the first of its tiles")
+            return pixels[0]
+        return pixels
+
+
+def random_model(type_string: str, patch_num: Optional[int] = None, width: int = 64, hidden_size: int = 128) -> Model:
     """A CLIP of ViT-L/14-336's depth and grid and a projector, narrow and with random weights.
 
-    Returns:
-        function from pixels [1, 3, 336, 336] to features, projector, image processor.
+    Args:
+        type_string: of the projector.
+        patch_num: most tiles that a picture is cut into; None for its central square.
+        width: C, channels of the tower.
+        hidden_size: D, width of the tokens.
+
+    Raises:
+        ProjectorSpecError: the type string.
     """
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -26,34 +70,73 @@ def random_model(type_string: str, width: int = 64, hidden_size: int = 128) -> t
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=24, num_attention_heads=2,
         image_size=336, patch_size=14,
     )  # fmt: skip
-    model = CLIPVisionModel(config).eval()
     resolved = registry.resolve(type_string)
     layers = resolve_layers(resolved, config.num_hidden_layers, -2)
+    model = CLIPVisionModel(config).eval()
     size = {"height": 336, "width": 336}
     processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=size)
+    set_slicing(processor, patch_num)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         hidden_states = TruncatedVisionModel(model, layers)(pixels).hidden_states
         return torch.cat([hidden_states[layer][:, 1:] for layer in layers], dim=-1)
 
-    return features, resolved.build(width, hidden_size).eval(), processor
+    source = "random weights: where a token looks by its build, not what was learned"
+    return Model(type_string, source, features, resolved.build(width, hidden_size).eval(), processor)
 
 
-def trained_model(path: str, base: Optional[str]) -> tuple[Any, Projector, Any]:
-    """Tower, projector and image processor of a checkpoint, by LLaVA's own loader; as `random_model`.
+def trained_model(path: str, base: Optional[str], patch_num: Optional[int] = None) -> Model:
+    """Tower, projector and image processor of a checkpoint, by LLaVA's own loader.
+
+    Args:
+        path: folder or hub name of the checkpoint.
+        base: its base model, for a checkpoint that holds only a projector or LoRA.
+        patch_num: most tiles that a picture is cut into; None as the checkpoint does.
 
     Raises:
-        ValueError: the checkpoint's projector is not one of ours.
+        ValueError: its projector is not one of ours, or LLaVA's loader could not load it.
+        OSError: a file is missing.
     """
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
     name = get_model_name_from_path(path)
+    check_checkpoint(path, base, name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, model, processor, _ = load_pretrained_model(path, base, name, device=device, device_map=device)
     projector = model.get_model().mm_projector
-    if not isinstance(projector, Projector):
-        kind = model.config.mm_projector_type
-        raise ValueError(f"{path} has a projector of type {kind!r}, which gives every patch a token of its own")
     tower = model.get_vision_tower().float()
-    return lambda pixels: tower(pixels.to(device)), projector.float(), processor
+    if patch_num is not None:
+        set_slicing(processor, patch_num)
+    kind = model.config.mm_projector_type
+    return Model(kind, path, lambda pixels: tower(pixels.to(device)), projector.float(), processor, model.config)
+
+
+def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
+    """Raise a ValueError, before minutes of loading, for what LLaVA's loader would not make a model of ours from.
+
+    Args:
+        path: folder or hub name; of a folder, it is also looked at which weights it has.
+        base: the base model, if any.
+        name: by which LLaVA's loader chooses a class.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(path)
+    kind = config.get("mm_projector_type")
+    if kind is None:
+        raise ValueError(f"{path} is no LLaVA checkpoint: its config.json has no mm_projector_type")
+    if not registry.is_registered(kind):
+        raise ValueError(f"{path} has a projector of type {kind!r}, none of ours; `llava-projectors list` shows them")
+    if "llava" not in name.lower():
+        raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'llava': rename the folder")
+    folder = Path(path)
+    adapters = [file for file in ("adapter_config.json", "mm_projector.bin") if (folder / file).is_file()]
+    if not folder.is_dir() or any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*")):
+        return
+    if not adapters:
+        raise ValueError(f"{path} has no weights: no model*.safetensors, pytorch_model*.bin or mm_projector.bin")
+    if base is None:
+        raise ValueError(f"{path} has {adapters[0]} and no LLM: pass --model-base with the model it was trained on")
+    if adapters[0] == "adapter_config.json" and "lora" not in name.lower():
+        raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'lora': rename the folder")

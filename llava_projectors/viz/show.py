@@ -1,70 +1,72 @@
-"""`llava-projectors show`: from a picture on the disk to a drawing beside it."""
+"""`llava-projectors show`: from a picture on the disk to a drawing, or a page, beside it."""
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-import torch
-from PIL import Image
-
-from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
 from llava_projectors.viz.draw import draw
-from llava_projectors.viz.maps import token_maps
 from llava_projectors.viz.models import random_model, trained_model
-from llava_projectors.viz.tiles import draw_in_tiles
+from llava_projectors.viz.page import page
+from llava_projectors.viz.picture import read_picture
+from llava_projectors.viz.view import make_view
+
+PAGE = ".html"
 
 
 def show(
     image: Path,
     target: Path,
-    type_string: Optional[str],
-    path: Optional[str],
-    base: Optional[str],
-    tokens: Sequence[int],
+    type_string: Optional[str] = None,
+    path: Optional[str] = None,
+    base: Optional[str] = None,
+    tokens: Sequence[int] = (),
     patch_num: Optional[int] = None,
 ) -> str:
-    """Draw the maps of some tokens over the picture; returns what was drawn, in a line.
+    """Show what visual tokens were made from; returns what was shown, in a line.
 
-    With `patch_num`, or a checkpoint that was trained so, the picture is cut into tiles, else cropped to its
-    central square.
+    Args:
+        image: a picture of any kind that PIL reads.
+        target: file to write. `.html` gives a page with all tokens, other endings a drawing of some.
+        type_string: for random weights; default `saep`. Not with `path`.
+        path: a trained LLaVA checkpoint.
+        base: its base model, for projector-only and LoRA checkpoints.
+        tokens: which to draw; default six.
+        patch_num: cut the picture into up to 9, 16 or 25 tiles; default as the checkpoint does, else not.
 
     Raises:
-        ValueError: a token that does not exist, or a checkpoint without a projector of ours.
-        OSError: the picture cannot be read.
+        ValueError: a token that does not exist, a checkpoint without a projector of ours, a bad type string or target.
+        OSError: the picture or the checkpoint cannot be read, the target cannot be written.
     """
-    with Image.open(image) as opened:
-        picture = opened.convert("RGB")
-    if path is None:
-        get_features, projector, processor = random_model(type_string or "saep")
-        source = "random weights: where a token looks by its build, not what was learned"
+    is_page = target.suffix.lower() == PAGE
+    if is_page and tokens:
+        raise ValueError("a page has every token: leave --token out")
+    check_target(target, image)
+    picture = read_picture(image)
+    model = random_model(type_string or "saep", patch_num) if path is None else trained_model(path, base, patch_num)
+    if is_page:
+        view = make_view(model, picture)
+        target.write_text(page(view), encoding="utf-8")
     else:
-        get_features, projector, processor = trained_model(path, base)
-        source = path
-    if patch_num is not None:
-        set_slicing(processor, patch_num)
-    kind = "attention" if hasattr(projector, "region_weights") else "receptive field by gradient"
-    if isinstance(processor, SlicingProcessor):
-        figure, title = draw_in_tiles(picture, processor, get_features, projector, tokens)
-        figure.savefig(target, dpi=100)
-        return f"{type_string or projector.name}: {title}; {kind}; {source}"
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    square = picture.crop((left, top, left + edge, top + edge)).resize((336, 336))
-    pixels = processor(square, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        features = get_features(pixels)
-        count = projector(features).shape[1]
-    chosen = list(tokens) or spread(count)
-    maps = token_maps(projector, features, chosen)
-    title = f"{type_string or projector.name}: {features.shape[1]} patches -> {count} visual tokens; {kind}; {source}"
-    draw(square, maps.cpu(), chosen, count, title).savefig(target, dpi=100)
-    return title
+        view = make_view(model, picture, tokens)
+        draw(view).savefig(target, dpi=100)
+    return view.title
 
 
-def spread(count: int) -> list[int]:
-    """Six tokens: two rows of three, over the square of all."""
-    side = math.isqrt(count)
-    return [int(side * row) * side + int(side * column) for row in (0.3, 0.7) for column in (0.2, 0.5, 0.8)]
+def check_target(target: Path, image: Path) -> None:
+    """Raise a ValueError unless a drawing or a page can be written there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = [PAGE, *(f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes()))]
+    if target.is_dir():
+        raise ValueError(f"--output {target} is a folder: name a file in it, such as {target / 'tokens.png'}")
+    if not target.parent.is_dir():
+        raise ValueError(f"--output {target} would lie in a folder that does not exist: make {target.parent} first")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ValueError(f"--output {target} cannot be written: no permission")
+    if target.suffix.lower() not in endings:
+        raise ValueError(f"--output {target} must end in one of {', '.join(endings)}")
+    if target.exists() and image.exists() and target.samefile(image):
+        raise ValueError(f"--output {target} would overwrite the picture itself: name another file")
