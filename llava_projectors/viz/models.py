@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -13,6 +14,10 @@ from llava_projectors import registry
 from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
 from llava_projectors.integration.log import log
 from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.registration import LLAVA_TYPES
+from llava_projectors.spec import base_name
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,15 @@ def random_model(type_string: str, patch_num: Optional[int] = None, width: int =
         hidden_size: D, width of the tokens.
 
     Raises:
-        ProjectorSpecError: the type string.
+        ValueError: the type string is bad, or a type of LLaVA's own.
     """
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     from llava_projectors.integration.tower import resolve_layers
     from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 
+    if LLAVA_TYPES.fullmatch(base_name(type_string)):
+        raise ValueError(f"type {type_string!r} is LLaVA's own, which gives every patch a token of its own")
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=24, num_attention_heads=2,
@@ -122,6 +129,9 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
     """
     from transformers import PretrainedConfig
 
+    for option, place in (("--model-path", path), ("--model-base", base)):
+        if place is not None and not Path(place).is_dir() and HUB_NAME.fullmatch(place) is None:
+            raise ValueError(f"{option} {place} is no folder")
     config, _ = PretrainedConfig.get_config_dict(path)
     kind = config.get("mm_projector_type")
     if kind is None:
@@ -130,13 +140,18 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
         raise ValueError(f"{path} has a projector of type {kind!r}, none of ours; `llava-projectors list` shows them")
     if "llava" not in name.lower():
         raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'llava': rename the folder")
-    folder = Path(path)
+    if Path(path).is_dir():
+        _check_weights(Path(path), base, name)
+
+
+def _check_weights(folder: Path, base: Optional[str], name: str) -> None:
     adapters = [file for file in ("adapter_config.json", "mm_projector.bin") if (folder / file).is_file()]
-    if not folder.is_dir() or any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*")):
-        return
-    if not adapters:
-        raise ValueError(f"{path} has no weights: no model*.safetensors, pytorch_model*.bin or mm_projector.bin")
-    if base is None:
-        raise ValueError(f"{path} has {adapters[0]} and no LLM: pass --model-base with the model it was trained on")
-    if adapters[0] == "adapter_config.json" and "lora" not in name.lower():
+    if any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*")):
+        if base is not None and not adapters:
+            raise ValueError(f"{folder} is a full checkpoint: leave --model-base {base} out")
+    elif not adapters:
+        raise ValueError(f"{folder} has no weights: no model*.safetensors, pytorch_model*.bin or mm_projector.bin")
+    elif base is None:
+        raise ValueError(f"{folder} has {adapters[0]} and no LLM: pass --model-base with the model it was trained on")
+    elif adapters[0] == "adapter_config.json" and "lora" not in name.lower():
         raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'lora': rename the folder")
