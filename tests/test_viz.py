@@ -299,6 +299,18 @@ def test_orientation_is_left_as_llava_leaves_it(tmp_path):
     assert saved(tmp_path / "a.jpg", picture, exif=exif).shape == (10, 20, 3)
 
 
+def test_anyres_is_drawn_on_its_overview(messages):
+    config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 672], [672, 336]])
+    model = dataclasses.replace(random_model("avg_pool"), config=config)
+    picture = Image.new("RGB", (800, 400), "blue")
+    picture.paste("red", (0, 0, 400, 400))
+    drawn = make_view(model, picture, [0]).picture
+    assert drawn.size == (336, 336)
+    assert (drawn.getpixel((60, 168)), drawn.getpixel((276, 168))) == ((255, 0, 0), (0, 0, 255))
+    (line,) = messages
+    assert "drawn on the overview of the whole picture" in line
+
+
 def test_the_picture_is_padded_where_llava_pads_it():
     model = random_model("avg_pool")
     padded = dataclasses.replace(model, config=SimpleNamespace(image_aspect_ratio="pad"))
