@@ -69,13 +69,18 @@ def is_registered(type_string: Any) -> TypeGuard[str]:
     return registration.LLAVA_TYPES.fullmatch(name) is None and name in list_projectors()
 
 
+LLAVAS_TYPES = ("linear", "mlp2x_gelu", "identity")
+
+
 def unknown_type(type_string: Any) -> ProjectorSpecError:
-    """The error for a name that neither this package nor LLaVA knows."""
+    """The error for a name that is none of this package's."""
     name = str(type_string).partition(":")[0]
     ours = list_projectors()
+    if name in LLAVAS_TYPES:
+        return ProjectorSpecError(f"{name!r} is a projector type of LLaVA's own; llava_projectors has {', '.join(ours)}")
     return ProjectorSpecError(
         f"unknown projector type {type_string!r}: llava_projectors has {', '.join(ours)}; "
-        f"LLaVA has linear, mlp2x_gelu, identity{suggest(name, [*ours, 'linear', 'mlp2x_gelu', 'identity'])}"
+        f"LLaVA has {', '.join(LLAVAS_TYPES)}{suggest(name, [*ours, *LLAVAS_TYPES])}"
     )
 
 

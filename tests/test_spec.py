@@ -45,6 +45,7 @@ def test_parse_and_write_back(type_string, name, options):
             r"unknown projector type 'seap': .* has avg_pool,.* saep, tokenpacker;.*did you mean 'saep'\?",
         ),
         ("TokenPaker", r"did you mean 'tokenpacker'\?"),
+        ("mlp2x_gelu", "^.mlp2x_gelu. is a projector type of LLaVA.s own; llava_projectors has avg_pool"),
         ("mlp2x_glu", r"did you mean 'mlp2x_gelu'\?"),
         (None, "unknown projector type None"),
         ("", "unknown projector type ''"),
