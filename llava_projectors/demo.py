@@ -49,8 +49,17 @@ class Answer:
     projector: dict[str, torch.Tensor]
 
 
-def ask(checkpoint: Path, image: Path, question: str = QUESTION, max_new_tokens: int = 24) -> Answer:
-    """Load a checkpoint with LLaVA's `load_pretrained_model` and let it answer a question about an image."""
+def ask(
+    checkpoint: Path,
+    image: Path,
+    question: str = QUESTION,
+    max_new_tokens: int = 24,
+    device_map: str | None = None,
+) -> Answer:
+    """Load a checkpoint with LLaVA's `load_pretrained_model` and let it answer a question about an image.
+
+    With no `device_map` the model is on the GPU, or on the CPU where there is none.
+    """
     from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
     from llava.conversation import conv_templates
     from llava.mm_utils import process_images, tokenizer_image_token
@@ -58,7 +67,7 @@ def ask(checkpoint: Path, image: Path, question: str = QUESTION, max_new_tokens:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model, processor, _ = load_pretrained_model(
-        str(checkpoint), None, checkpoint.name, device=device, device_map=device
+        str(checkpoint), None, checkpoint.name, device=device, device_map=device_map or device
     )
     projector = {name: value.clone() for name, value in model.get_model().mm_projector.state_dict().items()}
     if device == "cpu":  # half precision is slow or missing there

@@ -18,8 +18,10 @@ from packaging.version import Version
 from warm import WarmProcess
 
 os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit; the demo is what uses a GPU
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
+DEVICE = os.environ.get("LLAVA_PROJECTORS_TEST_DEVICE", "cpu")  # `make check-cuda` sets it to cuda
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
 
 from llava_projectors.tiny import assets, train
 
@@ -35,6 +37,29 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("alone") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_configure():
+    if DEVICE not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"LLAVA_PROJECTORS_TEST_DEVICE={DEVICE} must be cpu or cuda")
+    if DEVICE == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"LLAVA_PROJECTORS_TEST_DEVICE=cuda, but torch {torch.__version__} sees no GPU")
+        torch.backends.cudnn.allow_tf32 = False  # values in float32 are compared with float64
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tests marked `cuda` run: all of them on a CPU too, at tiny sizes, but for what takes `gpu`."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def gpu(device):
+    """Skips where no test runs on a GPU."""
+    if device == "cpu":
+        pytest.skip("needs a GPU: LLAVA_PROJECTORS_TEST_DEVICE is cpu here, `make check-cuda` sets it to cuda")
+    return device
 
 
 def skip_unless_llava_trains():
@@ -78,7 +103,7 @@ class Tiny:
         output = self.output(name)
         command = train.training_command(output, self.llm, self.coarse_tower, projector_type, **options)
         log = self.root / "runs" / f"{name}.log"
-        if environment is not None:
+        if environment is not None or DEVICE == "cuda":  # CUDA does not work in a fork
             return output, train.run(command, log, environment)
         log.parent.mkdir(exist_ok=True)
         return output, train.output_of(log, self.warm.run(command, log))

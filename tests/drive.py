@@ -76,7 +76,7 @@ def wait_for(ask, child, log, seconds=90):
 
 
 @contextlib.contextmanager
-def served(checkpoint, folder):
+def served(checkpoint, folder, device="cpu"):
     """A controller and one worker; gives (controller's address, worker's address, the worker's log)."""
     ports = free_port(), free_port()
     controller, worker = (f"http://{HOST}:{port}" for port in ports)
@@ -85,7 +85,7 @@ def served(checkpoint, folder):
         wait_for(lambda: requests.post(f"{controller}/list_models", timeout=5).ok, first, logs[0])
         with process(
             logs[1], "llava.serve.model_worker", "--host", HOST, "--port", str(ports[1]), "--worker-address", worker,
-            "--controller-address", controller, "--model-path", str(checkpoint), "--device", "cpu",
+            "--controller-address", controller, "--model-path", str(checkpoint), "--device", device,
         ) as second:  # fmt: skip
 
             def answers():

@@ -1,4 +1,4 @@
-"""Real DeepSpeed on CPU ranks, and resuming, through LLaVA's own script.
+"""Real DeepSpeed, on CPU ranks or one GPU, and resuming, through LLaVA's own script.
 
 ZeRO-3 on two CPU ranks is not tested: it gives NaN features in the vision tower with LLaVA's own
 projector as well. FSDP is not either: accelerate refuses it on a machine without an accelerator.
@@ -44,11 +44,19 @@ def equal_data(tiny):
 
 
 @pytest.fixture(scope="module")
-def train(tiny, equal_data, trained):
-    """name, type, ranks, ZeRO stage -> the run's folder; SGD, whose steps are linear in the gradients."""
+def on_cpu_ranks(tiny):
+    """What DeepSpeed needs where there is no GPU: variables."""
     shim = tiny.root / "shim"
     shim.mkdir(exist_ok=True)
     (shim / "sitecustomize.py").write_text(SHIM)
+    # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
+    extensions = str(tiny.root / "torch_extensions")
+    return {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim), "TORCH_EXTENSIONS_DIR": extensions}
+
+
+@pytest.fixture(scope="module")
+def train(tiny, equal_data, trained, device, on_cpu_ranks):
+    """name, type, ranks, ZeRO stage -> the run's folder; SGD, whose steps are linear in the gradients."""
 
     def run(name, projector_type, ranks=1, stage=None, **arguments):
         from llava_projectors.tiny import train as demo_train
@@ -70,15 +78,15 @@ def train(tiny, equal_data, trained):
         environment = {}
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
-            # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
-            extensions = str(tiny.root / "torch_extensions")
-            environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim), "TORCH_EXTENSIONS_DIR": extensions}
+            environment = on_cpu_ranks if device == "cpu" else {}
         command = training_command(output, tiny.llm, tiny.coarse_tower, projector_type, **options)
         if stage is not None:
-            at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
-            del command[at : at + 2]
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            command = [sys.executable, *launcher, *command[1:]]
+            if device == "cpu":
+                at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
+                del command[at : at + 2]
+            # A machine without network may not know its own name.
+            launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
+            command = [sys.executable, "-m", "torch.distributed.run", *launcher, *command[1:]]
         log = demo_train.run(command, tiny.root / "runs" / f"{name}-{projector_type}.log", environment)
         assert log.count("llava_projectors: ") == 1  # one line, from the first rank
         return output
@@ -99,26 +107,32 @@ def weights(folder):
     safetensors = folder / "model.safetensors"
     if safetensors.exists():
         return load_file(safetensors)
-    return torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("projector_type", OURS)
-def test_zero_trains_as_one_process_does(train, trained, projector_type):
+def test_zero_trains_as_one_process_does(train, trained, device, projector_type):
+    """On a GPU with one rank, for NCCL refuses two on one card, and in bfloat16, in which small steps are lost."""
+    on_cpu = device == "cpu"
     start = torch.load(trained(projector_type).adapter / "mm_projector.bin", weights_only=True)
     reference = train("one", projector_type)
     runs = {
-        "ZeRO-2, 2 ranks": train("zero2", projector_type, ranks=2, stage=2),
+        "ZeRO-2, 2 ranks": train("zero2", projector_type, ranks=2 if on_cpu else 1, stage=2),
         # On a CPU the gathered tensors share one storage, of which safetensors keeps only the first.
         "ZeRO-3, 1 rank": train("zero3", projector_type, stage=3, save_safetensors=False),
     }
     expected, names = weights(reference), list(start)
     assert losses(reference)[0] > 0.0
     for road, folder in runs.items():
-        assert losses(folder) == pytest.approx(losses(reference), rel=1e-3), road
+        assert losses(folder) == pytest.approx(losses(reference), rel=1e-3 if on_cpu else 0.03), road
         found = weights(folder)
         assert {name for name in found if "mm_projector" in name} == set(names), road
         for name in names:
             if name.endswith("ln_k_1.bias"):  # has no gradient
+                continue
+            if not on_cpu:
+                torch.testing.assert_close(found[name].float(), expected[name].float(), rtol=0.05, atol=5e-3)
                 continue
             step, expected_step = found[name] - start[name], expected[name] - start[name]
             assert step.abs().max() > 0, (road, name)

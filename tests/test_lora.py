@@ -77,7 +77,7 @@ def visual_tokens(model):
     return model.encode_images(picture())
 
 
-@pytest.mark.parametrize("road", ["base", "checkpoint"])
+@pytest.mark.parametrize("road", [pytest.param("base", marks=pytest.mark.cuda), "checkpoint"])
 @pytest.mark.parametrize("projector_type", OURS)
 def test_round_trip(lora_runs, tmp_path, projector_type, road):
     folder, base = lora_runs(projector_type, road)

@@ -10,18 +10,22 @@ import pytest
 import requests
 from drive import NO_CUDA, generate, prompt, served
 
+pytest.importorskip("fastapi", reason="LLaVA's controller and worker need fastapi")
+pytest.importorskip("uvicorn", reason="LLaVA's controller and worker need uvicorn")
+
 OURS = ("saep", "tokenpacker")
 QUESTION = "What does the picture show?"
 
 
 @pytest.fixture(scope="module", params=OURS)
-def server(request, trained, tmp_path_factory):
+def server(request, trained, tmp_path_factory, device):
     """Controller's address, worker's address, model name."""
     checkpoint = trained(request.param).checkpoint
-    with served(checkpoint, tmp_path_factory.mktemp("serve")) as (controller, worker, _):
+    with served(checkpoint, tmp_path_factory.mktemp("serve"), device) as (controller, worker, _):
         yield controller, worker, checkpoint.name
 
 
+@pytest.mark.cuda
 def test_worker_streams_an_answer_about_an_image(server, tiny):
     controller, worker, model = server
     found = requests.post(f"{controller}/get_worker_address", json={"model": model}, timeout=5).json()["address"]

@@ -12,16 +12,17 @@ from transformers import CLIPVisionModel
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 
 LAYERS = (2, 4, 6, 7)
+pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
-def model(tiny):
-    return CLIPVisionModel.from_pretrained(tiny.tower)
+def model(tiny, device):
+    return CLIPVisionModel.from_pretrained(tiny.tower).to(device)
 
 
 @pytest.fixture(scope="module")
-def images():
-    return torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+def images(device):
+    return torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def watch(model, stack, record):
@@ -68,8 +69,9 @@ def test_the_model_is_as_before(model, images):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_unfrozen_tower_gets_the_stock_gradients(model, images, checkpointing):
+def test_an_unfrozen_tower_gets_the_stock_gradients(model, images, checkpointing, monkeypatch):
     """Forks train the tower; the layers above the selected one get no gradient there either."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # or no two backward passes are alike on a GPU
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -90,7 +92,7 @@ def test_an_unfrozen_tower_gets_the_stock_gradients(model, images, checkpointing
 
 def test_threads_do_not_meet(model):
     """LLaVA's worker serves several requests from threads."""
-    inputs = [torch.randn(1, 3, 336, 336) for _ in range(8)]
+    inputs = [torch.randn(1, 3, 336, 336, device=model.device) for _ in range(8)]
     towers = [TruncatedVisionModel(model, layers) for layers in ((4,), (3, 7))] * 4
 
     def run(tower, x):
@@ -112,7 +114,7 @@ def test_a_model_spread_over_devices_runs_whole(model, images):
     with torch.no_grad():
         stock = model(images, output_hidden_states=True).hidden_states
         for module in model.modules():
-            add_hook_to_module(module, AlignDevicesHook("cpu"))
+            add_hook_to_module(module, AlignDevicesHook(model.device))
         ours = TruncatedVisionModel(model, LAYERS)(images, output_hidden_states=True).hidden_states
     assert all(torch.equal(ours[layer], stock[layer]) for layer in LAYERS)
 
