@@ -1,4 +1,6 @@
-"""Compare an exported folder with what LLaVA said: `python compare.py FOLDER REFERENCE`, where transformers is current.
+"""Compare an exported folder with what LLaVA said, where transformers is current.
+
+`python compare.py FOLDER REFERENCE [DEVICE]`; the device is the CPU unless it is given.
 
 The reference is a file of `llava_projectors.export.verify`. This file imports nothing of the
 package, because the environment that it runs in need not have it.
@@ -31,8 +33,8 @@ def inputs_of(processor: Any, case: dict[str, Any]) -> Any:
 @torch.no_grad()
 def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Logits, pixels, token ids and the answer against one case of the reference."""
-    inputs = inputs_of(processor, case)
-    logits = model(**inputs).logits[0, :, : case["logits"].shape[-1]]
+    inputs = inputs_of(processor, case).to(model.device)
+    logits = model(**inputs).logits[0, :, : case["logits"].shape[-1]].cpu()
     same_length = logits.shape == case["logits"].shape
     difference = float((logits - case["logits"]).abs().max() / case["logits"].abs().max()) if same_length else 1.0
     output = model.generate(**inputs, do_sample=False, max_new_tokens=case["max_new_tokens"])
@@ -43,7 +45,7 @@ def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     return {
         "logits": difference,
         "same_argmax": same_length and bool((logits.argmax(-1) == case["logits"].argmax(-1)).all()),
-        "pixels": float((inputs["pixel_values"] - case["pixel_values"]).abs().max()),
+        "pixels": float((inputs["pixel_values"].cpu() - case["pixel_values"]).abs().max()),
         "same_ids": ids == [token for token in case["input_ids"] if token >= 0],
         "same_answer": answer.tolist() == case["answer_ids"],
         "same_text": text == case["text"],
@@ -51,9 +53,10 @@ def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(folder: str, reference: str) -> int:
+def main(folder: str, reference: str, device: str = "cpu") -> int:
     """Print one JSON object for each case."""
     model, processor = load(folder)
+    model.to(device)
     for case in torch.load(reference, weights_only=False)["cases"]:
         print(json.dumps(compare(model, processor, case)), flush=True)
     return 0
