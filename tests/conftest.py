@@ -22,8 +22,10 @@ DEVICE = os.environ.get("LLAVA_PROJECTORS_TEST_DEVICE", "cpu")  # `make check-cu
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
+else:  # among several cards, the trainer would split batches
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
-from llava_projectors.tiny import assets, train
+from llava_projectors.tiny import assets, train  # noqa: E402
 
 # Tests that run side by side share the cores.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

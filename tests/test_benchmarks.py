@@ -1,6 +1,8 @@
 """The benchmark: its FLOP model against torch's counter, its reference against ours, its command end to end."""
 
 import csv
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import high_resolution, measure
 from benchmarks.speed import flops, models, report, suites
+from benchmarks.speed import run as bench_run
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, Subject, subjects
+from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, TRITON, Subject, subjects
 from benchmarks.speed.naive import NaiveTokenPacker
+from benchmarks.table import read_rows
 from llava_projectors import build_projector
 
 CPU = torch.device("cpu")
@@ -77,11 +81,20 @@ def test_model_flops_are_those_of_torchs_counter(family, type_string):
     assert counted(prefill.function) == prefill.flops
     decode = suites.decode_group(family, llavas).candidates[subject]
     assert counted(decode.function) == decode.flops
-    for train_llm in (False, True):
-        group = suites.training_group(family, llavas, "", 2, train_llm)
-        group.prepare()
-        left_out = 2 * depthwise_gradients(type_string, 24, models.TINY_TOWER.width)
-        assert counted(group.candidates[subject].function) == group.candidates[subject].flops - left_out
+    left_out = 2 * depthwise_gradients(type_string, 24, models.TINY_TOWER.width)
+    for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2):
+        with suites.trained_part(family, step) as parameters:
+            group = suites.training_group(family, llavas, step, 2, parameters)
+            assert counted(group.candidates[subject].function) == group.candidates[subject].flops - left_out
+
+
+def test_after_lora_the_model_is_as_before(family):
+    before = [(name, id(module)) for name, module in family.shared.named_modules()]
+    with suites.trained_part(family, suites.LORA) as parameters:
+        assert len(parameters) == 2 * 7 * models.TINY_LLAMA.layers
+        trained = {id(parameter) for parameter in parameters}
+        assert {id(p) for p in family.shared.model.layers.parameters() if p.requires_grad} == trained
+    assert [(name, id(module)) for name, module in family.shared.named_modules()] == before
 
 
 def test_models_differ_in_the_projector_alone(family):
@@ -161,16 +174,84 @@ def test_targets_tell_best_worst_and_where():
     assert [line[-1] for line in report.target_lines(rows[::2])] == ["met"]
 
 
-def test_command_writes_a_csv_and_a_picture(tmp_path, capsys):
+@pytest.fixture
+def plan(monkeypatch):
+    """What runs on CUDA, every suite and candidate of it, at tiny sizes on the CPU."""
+    tower = models.TowerShape(64, 64, 8)
+    tiny = {
+        "seconds": 0,
+        "dtypes": (torch.float32,),
+        "projector_widths": (64, 32),
+        "batches": (1, 2),
+        "tower": tower,
+        "tower_batches": (1,),
+        "model_tower": tower,
+        "model_llama": models.LlamaShape(128, 128, 1, 100),
+        "model_dtype": torch.float32,
+        "step_batch": 1,
+        "scaling": (1, 2),
+    }
+    monkeypatch.setitem(suites.PLANS, "cpu", replace(suites.PLANS["cuda"], **tiny))
+    square = torch.ones(64, 64)
+    monkeypatch.setattr(measure, "matrix_rate_function", lambda *_: (lambda: square @ square, 2 * 64**3))
+
+
+def test_command_writes_a_csv_and_a_picture(plan, tmp_path, capsys):
     path = tmp_path / "new" / "bench.csv"
-    assert main(["--quick", "--suite", "model", "--suite", "scaling", "--csv", str(path)]) == 0
+    assert main(["--device", "cpu", "--csv", str(path)]) == 0
     assert "x bound" in capsys.readouterr().out
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["suite"] for row in rows} == {"model", "scaling"}
+    rows = read_rows(path, "measured_to_bound")
+    assert {row["suite"] for row in rows} == set(suites.SUITES)
+    steps = [f"training step, {step}" for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2)]
+    assert {row["measure"] for row in rows if row["suite"] == "model"} == {"prefill", "decode 8 tokens", *steps}
+    assert {row["implementation"] for row in rows} == {EAGER, NAIVE, *[TRITON] * bool(find_spec("triton"))}
     assert all(row["machine"] and row["torch"] == torch.__version__ for row in rows)
     assert {row["visual_tokens"] for row in rows} == {"576", "144", "64", "36"}
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_cut_off_loses_nothing(plan, tmp_path, monkeypatch, capsys):
+    """What was measured is in the file, and what an earlier run had measured stays."""
+    path = tmp_path / "bench.csv"
+    run = ["--device", "cpu", "--csv", str(path)]
+    assert main([*run, "--suite", "tower", "--suite", "projector"]) == 0
+    before = read_rows(path, "measured_to_bound")
+
+    def cut_off(group, *arguments, measure_group=bench_run.measure_group):
+        if group.batch == 2:
+            raise KeyboardInterrupt
+        return measure_group(group, *arguments)
+
+    monkeypatch.setattr(bench_run, "measure_group", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        main([*run, "--suite", "projector"])
+    after = read_rows(path, "measured_to_bound")
+    assert [report.group_name(row) for row in after] == [
+        report.group_name(row)
+        for row in sorted(before, key=lambda row: (row["suite"], row["batch"] == "1" and row["suite"] == "projector"))
+    ]
+    new = [row not in before for row in after]
+    assert new == [row["suite"] == "projector" and row["batch"] == "1" for row in after]
+
+
+def test_time_that_is_up_is_said(plan, tmp_path, capsys):
+    path = tmp_path / "bench.csv"
+    assert main(["--device", "cpu", "--csv", str(path), "--suite", "tower", "--minutes", "0"]) == 1
+    assert "from suite tower, forward, float32, batch 1, images 1 on: 0 minutes are over" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_suite_that_fails_leaves_the_others(plan, tmp_path, monkeypatch, capsys):
+    def broken(plan, device):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(suites.SUITES, "projector", broken)
+    path = tmp_path / "bench.csv"
+    assert main(["--device", "cpu", "--csv", str(path), "--suite", "projector", "--suite", "tower"]) == 1
+    output = capsys.readouterr()
+    assert "LEFT OUT, the rest of suite projector, which FAILED: RuntimeError" in output.out
+    assert "no kernel image" in output.err
+    assert {row["suite"] for row in read_rows(path, "measured_to_bound")} == {"tower"}
 
 
 @pytest.mark.parametrize("content", [None, "a,b\n1,2\n", ""])

@@ -11,7 +11,6 @@ from llava_projectors import build_projector
 from llava_projectors.projectors import kernels, tokenpacker
 from llava_projectors.projectors.kernels.region_attention import FusedAttend
 
-
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 

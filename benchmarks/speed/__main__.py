@@ -21,22 +21,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         "of each suite and the project's bars, and draws the CSV. Models have random weights; nothing is downloaded. "
         "On a CPU a full run takes 25 to 45 minutes on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten "
         "minutes (the shape of LLaVA-7B, whose full training step wants some 90 GiB; what does not fit is left out "
-        "and named).",
+        "and named). What an earlier run on the same machine measured stays in the CSV until it is measured anew.",
     )
     parser.add_argument("--suite", action="append", choices=SUITES, help="may be repeated (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, some minutes on 2 cores")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--minutes", type=float, help="start no further group of candidates after so long")
     parser.add_argument("--csv", type=Path, default=Path("runs/bench.csv"), help="where to write (%(default)s)")
     parser.add_argument("--plot-only", action="store_true", help="draw the CSV as it is")
     parsed = parser.parse_args(arguments)
+    status = 0
     if not parsed.plot_only:
         try:
             device = choose_device(parsed.device)
+            status = bench(parsed.suite or list(SUITES), device, parsed.quick, parsed.csv, parsed.minutes)
         except ValueError as error:
             print(error, file=sys.stderr)
             return 1
-        status = bench(parsed.suite or list(SUITES), device, parsed.quick, parsed.csv)
-        if status:
+        if not parsed.csv.exists():
             return status
     picture = parsed.csv.with_suffix(".png")
     try:
@@ -46,7 +48,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("remedy: run `python -m benchmarks.speed --quick`, then draw the CSV it names", file=sys.stderr)
         return 1
     print(f"Drawn to {picture}")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -126,7 +126,15 @@ def vision_tower(num_patches_per_side: int, patch_size: int, width: int, interme
 
 
 def llama(
-    positions: int, width: int, intermediate: int, layers: int, vocabulary: int, *, train: bool, past: int = 0
+    positions: int,
+    width: int,
+    intermediate: int,
+    layers: int,
+    vocabulary: int,
+    *,
+    train: bool,
+    past: int = 0,
+    lora_rank: int = 0,
 ) -> Flops:
     """Forward and backward pass of one sequence, with the logits of every position and attention to all of them.
 
@@ -138,7 +146,11 @@ def llama(
         vocabulary: number of tokens.
         train: whether weights get gradients; the input gets one at any rate.
         past: positions in the key-value cache.
+        lora_rank: of the trained layers beside those of the decoder layers, if any.
     """
     layer = linear(positions, width, width, train=train) * 4 + linear(positions, width, intermediate, train=train) * 3
+    if lora_rank:
+        square = linear(positions, width, lora_rank) + linear(positions, lora_rank, width)
+        layer += square * 4 + (linear(positions, width, lora_rank) + linear(positions, lora_rank, intermediate)) * 3
     attention = product(positions, width, positions + past) * 2
     return (layer + attention) * layers + linear(positions, width, vocabulary, train=train)

@@ -14,6 +14,7 @@ from torch import nn
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 STOCK = "mlp2x_gelu"
+MAX_POSITIONS = 20480  # of the LLM: 32 images of 576 tokens in a prompt, and its text
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Family:
             num_attention_heads=self.llama.width // 128,
             num_key_value_heads=self.llama.width // 128,
             vocab_size=self.llama.vocabulary,
-            max_position_embeddings=8192,
+            max_position_embeddings=MAX_POSITIONS,
         )
         config._attn_implementation = "sdpa"
         with default_dtype(self.dtype), device:
@@ -137,7 +138,7 @@ class Family:
         model.config.mm_hidden_size = self.tower.width
         model.config.tune_mm_mlp_adapter = False
         model.config.tokenizer_padding_side = "right"
-        model.config.tokenizer_model_max_length = 8192
+        model.config.tokenizer_model_max_length = MAX_POSITIONS
         model.model.mm_projector = build_vision_projector(model.config)
         with torch.device(self.device):
             model.model.vision_tower = make_tower(projector_type, self.vision_model)

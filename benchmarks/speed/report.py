@@ -71,6 +71,15 @@ TARGETS = (
         for title in ("SAEP", "TokenPacker")
         for strides, tokens, limit in (("s = 2", S2, 1.0), ("s >= 3", S3_AND_UP, 0.8))
     ),
+    *(
+        Target(
+            f"{title} / {STOCK}, time, s = 2, batch 32",
+            {"cuda": limit},
+            _of("projector", title.lower(), visual_tokens=S2, batch=["32"]),
+            lambda row, _: float(row["ratio"]),
+        )
+        for title, limit in (("SAEP", 0.4), ("TokenPacker", 0.6))
+    ),
     Target(
         "TokenPacker / naive, time",
         {"cpu": 0.9, "cuda": 0.6},
@@ -100,7 +109,7 @@ TARGETS = (
             lambda row, _: bound_reached(row),
             is_minimum=True,
         )
-        for measure in ("prefill", "training step, stage 1", "training step, stage 2")
+        for measure in ("prefill", "training step, stage 1", "training step, LoRA", "training step, stage 2")
     ),
     Target(
         "projector at batch 32, part of the matrix rate",

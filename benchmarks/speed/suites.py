@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
@@ -22,6 +23,9 @@ TOKENPACKERS = REDUCING[3:]
 # Text beside the images of a prompt; LLaVA's own training samples have a few times as much.
 TEXT_TOKENS = 64
 DECODED_TOKENS = 8
+# What is trained in a step beside the projector; of LoRA the rank that LLaVA's scripts have.
+STAGE_1, LORA, STAGE_2 = "stage 1", "LoRA", "stage 2"
+LORA_RANK, LORA_SCALE = 128, 2.0
 
 
 @dataclass(frozen=True)
@@ -31,64 +35,80 @@ class Plan:
     Attributes:
         seconds: how long each candidate of a group is measured, about.
         dtypes: of the projector and tower suites.
+        projector_widths: C and D of the projector suite.
+        tokenpackers: implementations beside which TokenPacker's own stands there.
         batches: of the projector suite.
         tower: vision model of the tower suite.
         tower_batches: its batches.
         model_tower: vision model of the model suite.
         model_llama: LLM of the model suite.
         model_dtype: of the model suite.
+        steps: what is trained in the training steps.
         step_batch: sequences in a training step.
         scaling: images per prompt, and prompts per batch.
     """
 
     seconds: float
     dtypes: tuple[torch.dtype, ...]
+    projector_widths: tuple[int, int]
+    tokenpackers: tuple[str, ...]
     batches: tuple[int, ...]
     tower: models.TowerShape
     tower_batches: tuple[int, ...]
     model_tower: models.TowerShape
     model_llama: models.LlamaShape
     model_dtype: torch.dtype
+    steps: tuple[str, ...]
     step_batch: int
     scaling: tuple[int, ...]
 
 
+LLAVA_7B_WIDTHS = (models.CLIP_LARGE.width, models.LLAVA_7B.width)
 PLANS = {
     "quick": Plan(
         seconds=0.2,
         dtypes=(torch.float32,),
+        projector_widths=LLAVA_7B_WIDTHS,
+        tokenpackers=(NAIVE,),
         batches=(1,),
         tower=models.SMALL_TOWER,
         tower_batches=(1,),
         model_tower=models.TINY_TOWER,
         model_llama=models.TINY_LLAMA,
         model_dtype=torch.float32,
+        steps=(STAGE_1, STAGE_2),
         step_batch=1,
         scaling=(1, 2),
     ),
     "cpu": Plan(
         seconds=0.7,
         dtypes=(torch.float32, torch.bfloat16),
+        projector_widths=LLAVA_7B_WIDTHS,
+        tokenpackers=(NAIVE,),
         batches=(1, 8, 32),
         tower=models.CLIP_LARGE,
         tower_batches=(1, 4),
         model_tower=models.SMALL_TOWER,
         model_llama=models.SMALL_LLAMA,
         model_dtype=torch.float32,
+        steps=(STAGE_1, STAGE_2),
         step_batch=4,
         scaling=(1, 2, 4, 8),
     ),
     "cuda": Plan(
-        seconds=1,
-        dtypes=(torch.float32, torch.bfloat16),
-        batches=(1, 8, 32),
+        seconds=0.7,
+        dtypes=(torch.bfloat16,),
+        projector_widths=LLAVA_7B_WIDTHS,
+        tokenpackers=(NAIVE, TRITON),
+        batches=(1, 8, 32, 64),
         tower=models.CLIP_LARGE,
         tower_batches=(1, 8, 32),
         model_tower=models.CLIP_LARGE,
         model_llama=models.LLAVA_7B,
         model_dtype=torch.bfloat16,
+        steps=(STAGE_1, LORA, STAGE_2),  # the last is what may not fit
         step_batch=4,
-        scaling=(1, 2, 4, 8),
+        scaling=(1, 2, 4, 8, 16, 32),
     ),
 }
 
@@ -120,18 +140,18 @@ class Group:
     batch: int
     candidates: dict[Subject, Candidate]
     images: int = 1
-    prepare: Callable[[], None] = field(default=lambda: None)
 
 
 def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
-    """Forward, and forward with backward, of projectors at the sizes of CLIP-L and a 7B LLM."""
-    width, hidden = models.CLIP_LARGE.width, models.LLAVA_7B.width
+    """Forward, and forward with backward, of projectors alone."""
+    width, hidden = plan.projector_widths
+    chosen = subjects(STOCK, *REDUCING)
+    for implementation in plan.tokenpackers:
+        if implementation != TRITON or importlib.util.find_spec("triton") is not None:
+            chosen += subjects(*TOKENPACKERS, implementation=implementation)
     for dtype in plan.dtypes:
-        has_kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-        chosen = subjects(STOCK, *REDUCING) + subjects(*TOKENPACKERS, implementation=NAIVE)
-        if has_kernels:
-            chosen += subjects(*TOKENPACKERS, implementation=TRITON)
-        projectors = {subject: make_projector(subject, width, hidden).to(device, dtype) for subject in chosen}
+        with device:
+            projectors = {subject: make_projector(subject, width, hidden).to(dtype) for subject in chosen}
         for batch in plan.batches:
             features = torch.randn(batch, NUM_PATCHES_PER_SIDE**2, 4 * width, device=device).to(dtype)
             for measure in ("forward", "forward+backward"):
@@ -171,8 +191,9 @@ def model_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     llavas = {subject: family.make(subject.type_string) for subject in subjects(STOCK, *REDUCING)}
     yield prefill_group("model", family, llavas, batch=1, images=1)
     yield decode_group(family, llavas)
-    for measure, train_llm in (("training step, stage 1", False), ("training step, stage 2", True)):
-        yield training_group(family, llavas, measure, plan.step_batch, train_llm)
+    for step in plan.steps:
+        with trained_part(family, step) as parameters:
+            yield training_group(family, llavas, step, plan.step_batch, parameters)
 
 
 def scaling_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
@@ -218,22 +239,72 @@ def decode_group(family: models.Family, llavas: dict[Subject, Any]) -> Group:
     return Group("model", f"decode {DECODED_TOKENS} tokens", family.dtype, 1, candidates)
 
 
+@contextmanager
+def trained_part(family: models.Family, step: str) -> Iterator[list[nn.Parameter]]:
+    """What of the LLM, shared by all types, is trained in a step; all else of it is frozen as long as this lasts."""
+    shared = family.shared.named_parameters()
+    llm = [p for name, p in shared if "mm_projector" not in name and "vision_tower" not in name]
+    for parameter in llm:
+        parameter.requires_grad_(step == STAGE_2)
+    try:
+        if step == LORA:
+            with _lora(family) as added:
+                yield added
+        else:
+            yield llm if step == STAGE_2 else []
+    finally:
+        for parameter in llm:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _lora(family: models.Family) -> Iterator[list[nn.Parameter]]:
+    """LoRA beside every linear layer of the decoder; yields its weights."""
+    layers = family.shared.model.layers
+    found = [
+        (parent, name, child)
+        for parent in layers.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    added: list[Any] = []
+    with models.default_dtype(family.dtype), family.device:
+        for parent, name, linear in found:
+            wrapped = WithLora(linear, LORA_RANK, LORA_SCALE)
+            added += [wrapped.down.weight, wrapped.up.weight]
+            setattr(parent, name, wrapped)
+    try:
+        yield added
+    finally:
+        for parent, name, linear in found:
+            setattr(parent, name, linear)
+
+
+class WithLora(nn.Module):
+    """A linear layer and two of low rank beside it, computed as peft does without dropout."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        self.down = nn.Linear(linear.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return self.linear(x) + self.up(self.down(x)) * self.scale
+
+
 def training_group(
-    family: models.Family, llavas: dict[Subject, Any], measure: str, batch: int, train_llm: bool
+    family: models.Family, llavas: dict[Subject, Any], step_name: str, batch: int, parameters: Sequence[nn.Parameter]
 ) -> Group:
-    """Forward, backward and AdamW step; the vision model is frozen, the LLM only in stage 1."""
+    """Forward, backward and AdamW step of projector and `parameters`; the vision model is frozen."""
     inputs = _prompt(family, batch, 1)
     labels = inputs["input_ids"]
     projectors = [p for llava in llavas.values() for p in llava.model.mm_projector.parameters()]
-    llm = [
-        p for name, p in family.shared.named_parameters() if "mm_projector" not in name and "vision_tower" not in name
-    ]
     # One optimiser for all: parameters without a gradient, the other types' projectors, are passed over.
-    optimizer = torch.optim.AdamW(projectors + (llm if train_llm else []), lr=1e-5, fused=True)
-
-    def prepare() -> None:
-        for parameter in llm:
-            parameter.requires_grad_(train_llm)
+    optimizer = torch.optim.AdamW([*projectors, *parameters], lr=1e-5, fused=True)
+    rank = LORA_RANK if step_name == LORA else 0
 
     def step(llava: Any) -> Callable[[], None]:
         def run() -> None:
@@ -245,9 +316,9 @@ def training_group(
 
     candidates = {}
     for subject, llava in llavas.items():
-        work = _sequence_flops(family, subject, 1, train_llm=train_llm)
+        work = _sequence_flops(family, subject, 1, train_llm=step_name == STAGE_2, lora_rank=rank)
         candidates[subject] = Candidate(step(llava), batch * work.both, subject.visual_tokens)
-    return Group("model", measure, family.dtype, batch, candidates, prepare=prepare)
+    return Group("model", f"training step, {step_name}", family.dtype, batch, candidates)
 
 
 class _WithKernels(nn.Module):
@@ -332,17 +403,22 @@ def _tower_flops(shape: models.TowerShape, layers: int) -> int:
     return flops.vision_tower(NUM_PATCHES_PER_SIDE, models.PATCH_SIZE, shape.width, shape.intermediate, layers)
 
 
-def _llama_flops(family: models.Family, positions: int, *, train: bool, past: int = 0) -> flops.Flops:
+def _llama_flops(
+    family: models.Family, positions: int, *, train: bool, past: int = 0, lora_rank: int = 0
+) -> flops.Flops:
     shape = family.llama
-    return flops.llama(
-        positions, shape.width, shape.intermediate, shape.layers, shape.vocabulary, train=train, past=past
-    )
+    sizes = (shape.width, shape.intermediate, shape.layers, shape.vocabulary)
+    return flops.llama(positions, *sizes, train=train, past=past, lora_rank=lora_rank)
 
 
-def _sequence_flops(family: models.Family, subject: Subject, images: int, *, train_llm: bool) -> flops.Flops:
+def _sequence_flops(
+    family: models.Family, subject: Subject, images: int, *, train_llm: bool, lora_rank: int = 0
+) -> flops.Flops:
     """One prompt through tower, projector and LLM, forward, and backward as far as the projector."""
     layers = family.tower.layers if subject.type_string == STOCK else family.tower.selected
     tower = _tower_flops(family.tower, layers)
     projector = flops.projector(subject, NUM_PATCHES_PER_SIDE, family.tower.width, family.llama.width)
     positions = TEXT_TOKENS + images * subject.visual_tokens
-    return (flops.Flops(tower) + projector) * images + _llama_flops(family, positions, train=train_llm)
+    return (flops.Flops(tower) + projector) * images + _llama_flops(
+        family, positions, train=train_llm, lora_rank=lora_rank
+    )
