@@ -1,22 +1,30 @@
 """The spatial study: its ground truth against the pixels, its hidden states against LLaVA's tower, a run end to end."""
 
+import os
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
-from benchmarks.spatial import language, report, study, vision
+from benchmarks.spatial import language, report, sizes, study, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
-from benchmarks.spatial.store import CachedTower, Split
+from benchmarks.spatial.store import CachedTower, LookingTower, Split
 from benchmarks.table import read_rows
 
+ROOT = Path(__file__).parents[1]
 SCENES = [make_scene(random.Random(seed)) for seed in range(60)]
 
 
@@ -114,9 +122,12 @@ def test_splits_share_no_picture(tmp_path):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A quick study of one kind of projector, run by its command."""
+    """A quick study of one kind of projector, run by its command, which is cut off wherever it can be."""
     folder = tmp_path_factory.mktemp("spatial")
-    run_command("--folder", str(folder))
+    for left in ("vision/config.json", "language/config.json", "quick.md"):
+        run_command("--folder", str(folder), "--minutes", "0")
+        assert not (folder / left).exists()
+    run_command("--folder", str(folder), "--workers", "1")
     return folder
 
 
@@ -150,6 +161,66 @@ def test_a_study_from_start_to_plot(quick, capsys):
     run_command("--folder", str(quick))  # nothing is left to run
     assert (quick / "quick.csv").read_text() == before
     assert "| `tokenpacker:layers=7` | 36 |" in capsys.readouterr().out
+
+
+def test_a_study_that_was_cut_off_is_as_one_that_was_not(quick, tmp_path):
+    study.prepare(study.QUICK, tmp_path)
+    for name in ("vision", "language"):
+        (whole,), (cut_off,) = ([load_file(p) for p in (f / name).glob("*.safetensors")] for f in (tmp_path, quick))
+        assert whole.keys() == cut_off.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(cut_off[key], value, rtol=1e-5, atol=1e-6)
+    job = next(study.jobs(study.QUICK, ("tokenpacker",)))
+    everything = read_rows(quick / "quick.csv", "stage1_loss")
+    rows = [row for row in everything if row["type"] == job.configuration.type_string]
+    assert len(rows) == len(FAMILIES)
+    for found, expected in zip(rows, study._work(study.QUICK, tmp_path, job)):
+        assert [found[key] for key in ("family", "correct")] == [expected[key] for key in ("family", "correct")]
+        assert float(found["stage1_loss"]) == pytest.approx(float(expected["stage1_loss"]), rel=1e-3)
+
+
+def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
+    from transformers import CLIPVisionModel
+
+    split = study.splits(study.QUICK, quick)["validation"]
+    model = CLIPVisionModel.from_pretrained(quick / "vision")
+    indices, layers = torch.tensor([3, 1, 3]), (4, 7)
+    looked = LookingTower(split, layers, model)(indices)
+    torch.testing.assert_close(looked, CachedTower(split, layers)(indices), rtol=2e-3, atol=2e-3)
+    assert not list(LookingTower(split, layers, model).parameters())
+
+
+def test_the_large_study_runs():
+    """Its sizes are read when it is imported, so in a process of its own: one step of a run, and one question."""
+    code = """
+        import torch
+        from pathlib import Path
+        from benchmarks.spatial import language, store, study, train
+        from benchmarks.spatial.sizes import SIZES
+        assert study.FULL.name == "large" and study.FULL.pictures[0] == ("train", 60000)
+        assert study.visual_tokens(study.STOCK) == 576
+        study.vision.make_model().save_pretrained("vision")
+        import transformers
+        transformers.CLIPImageProcessor().save_pretrained("vision")
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained("language")
+        here = Path(".")
+        seen, asked = store.Split("train", 2, here), store.Split("test", 1, here)
+        found = train.run("saep", 0, here / "vision", here / "language", seen, asked, (1, 1), 2, (1e-3, 1e-3))
+        assert all(0 < loss < 20 for loss in found.losses), found
+        assert sum(map(len, found.correct.values())) >= 5
+        print("done")
+    """
+    # Relative paths are in a folder of its own.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=folder,
+            env={**os.environ, sizes.VARIABLE: "large", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stdout.endswith("done\n"), done.stderr[-2000:]
 
 
 def test_hidden_states_are_those_of_llavas_tower(quick):

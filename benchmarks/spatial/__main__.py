@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shlex
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.spatial import sizes
+from benchmarks.spatial.optimize import TimeIsUp
 from benchmarks.spatial.questions import conversation
 from benchmarks.spatial.report import write_report
 from benchmarks.spatial.store import Split
 from benchmarks.spatial.study import FULL, QUICK, STUDIES, study
+from benchmarks.speed.run import choose_device
 from benchmarks.table import read_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
+NAME = {"small": "spatial"}.get(sizes.NAME, f"spatial-{sizes.NAME}")
 
 
 def main() -> None:
@@ -22,11 +31,15 @@ def main() -> None:
         prog="python -m benchmarks.spatial",
         description=__doc__,
         epilog="An interrupted study goes on where it was: every finished run is in the CSV, "
-        "pre-trained models and hidden states are in the working folder.",
+        "pre-trained models and hidden states are in the working folder. "
+        f"{sizes.VARIABLE}=large in the environment makes the larger study, for a GPU: pictures of 336 px, "
+        "an LLM of 8 layers and 512 channels, ten times the pictures.",
     )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="(all)")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "spatial.csv", help="(%(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/spatial"), help="for what is large (%(default)s)")
+    parser.add_argument("--csv", type=Path, default=RESULTS / f"{NAME}.csv", help="(%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs") / NAME, help="for what is large (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after about so long, to go on later")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (%(default)s, the cores)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--report-only", action="store_true", help="tables and plots from the CSV as it is")
@@ -35,7 +48,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
-    if arguments.quick and arguments.csv == RESULTS / "spatial.csv":
+    if arguments.quick and arguments.csv == RESULTS / f"{NAME}.csv":
         arguments.csv = arguments.folder / "quick.csv"
     if arguments.export:
         for name, size in plan.pictures:
@@ -43,7 +56,17 @@ def main() -> None:
         return
     if not arguments.report_only:
         os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-        study(plan, arguments.folder, arguments.csv, tuple(arguments.studies), arguments.workers)
+        try:
+            plan = replace(plan, device=str(choose_device(arguments.device)))
+        except ValueError as error:
+            parser.error(str(error))
+        deadline = time.time() + 60 * arguments.minutes
+        try:
+            study(plan, arguments.folder, arguments.csv, tuple(arguments.studies), arguments.workers, deadline)
+        except TimeIsUp as error:
+            print(f"Time is up, {error}. The same command goes on:", file=sys.stderr)
+            print(f"  python -m benchmarks.spatial {shlex.join(sys.argv[1:])}", file=sys.stderr)
+            return
     if not arguments.csv.exists():
         parser.error(f"{arguments.csv} does not exist: run the study first, or say where it is with --csv")
     print(write_report(read_rows(arguments.csv, "stage1_loss"), arguments.csv))

@@ -8,6 +8,7 @@ those words is left to the projector.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.spatial.optimize import minimize
+from benchmarks.spatial.optimize import Pause, minimize
 from benchmarks.spatial.questions import CELLS, FAMILIES, Turn, ask, caption
 from benchmarks.spatial.scenes import (
     COLOURS,
@@ -30,8 +31,10 @@ from benchmarks.spatial.scenes import (
     Thing,
     make_scene,
 )
+from benchmarks.spatial.sizes import SIZES
 
-WIDTH, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 384
+WIDTH, LAYERS = SIZES.llm_width, SIZES.llm_layers
+HEADS, INTERMEDIATE = max(4, WIDTH // 64), 3 * WIDTH
 IGNORE = -100  # label of a position without a loss, as in LLaVA
 # No word before an answer: the last word of a question is the object it is about, and one step of
 # attention finds that. With LLaVA's "ASSISTANT:" between, a model of this size learns much later.
@@ -97,9 +100,9 @@ def config_values() -> dict[str, Any]:
         "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": SIZES.llm_positions,
         # About 1/sqrt(WIDTH). With transformers' 0.02, made for wide models, nothing is learned for a thousand steps.
-        "initializer_range": 0.08,
+        "initializer_range": 0.08 * (128 / WIDTH) ** 0.5,
         "attention_bias": True,
         "pad_token_id": VOCABULARY["<pad>"],
         "bos_token_id": VOCABULARY["<s>"],
@@ -118,7 +121,8 @@ def scene_batch(
 ) -> dict[str, Any]:
     """The arguments of the model's forward: what is seen of each scene, then a dialogue about it.
 
-    `difficulty`, 0 to 1, blurs what is seen and spreads it over more places.
+    `difficulty`, 0 to 1, blurs what is seen and spreads it over more places. Random numbers are drawn on the CPU,
+    so that they are the same on every device.
     """
     places = rng.randint(FEWEST_PLACES, FEWEST_PLACES + round(difficulty * (MOST_PLACES - FEWEST_PLACES)))
     batch = pad([encode_dialogue([VOCABULARY["<pad>"]] * places, dialogue) for dialogue in turns])
@@ -129,10 +133,12 @@ def scene_batch(
             for word, weight in point.items():
                 row[place, VOCABULARY[word]] = weight
     embed = model.get_input_embeddings()
+    device = embed.weight.device
+    words, batch = words.to(device), {name: value.to(device) for name, value in batch.items()}
     sums = words @ embed.weight
-    blur = MOST_BLUR * difficulty * torch.rand(len(scenes), 1, 1) * sums.detach()[words.any(2)].std()
+    blur = MOST_BLUR * difficulty * torch.rand(len(scenes), 1, 1).to(device) * sums.detach()[words.any(2)].std()
     text = embed(batch.pop("input_ids"))
-    sums = sums + blur * torch.randn_like(sums)
+    sums = sums + blur * torch.randn(sums.shape).to(device)
     return {"inputs_embeds": torch.cat([text[:, :1], sums, text[:, 1 + places :]], dim=1), **batch}
 
 
@@ -159,16 +165,34 @@ def _some_turns(scene: Scene, rng: random.Random) -> list[Turn]:
     return rng.sample(turns, len(turns))
 
 
-def pretrain(folder: Path, steps: int, batch: int = 16, learning_rate: float = 1e-3) -> dict[str, float]:
-    """Train on dialogues about scenes; returns the accuracy of each family, given what is seen."""
+def pretrain(
+    folder: Path,
+    steps: int,
+    batch: int = 16,
+    learning_rate: float = 1e-3,
+    device: str = "cpu",
+    deadline: float = math.inf,
+) -> dict[str, float]:
+    """Train on dialogues about scenes; returns the accuracy of each family, given what is seen.
+
+    Raises:
+        TimeIsUp: at the deadline; another call goes on.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     rng = random.Random("language")
-    model = LlamaForCausalLM(LlamaConfig(**config_values()))
-    losses = (_loss(model, step, steps, [make_scene(rng) for _ in range(batch)], rng) for step in range(steps))
-    parameters = list(model.parameters())
-    minimize(losses, parameters, steps, learning_rate, weight_decay=0.01, description="language model")
+    model = LlamaForCausalLM(LlamaConfig(**config_values())).to(device)
+    pause = Pause(folder.with_suffix(".unfinished"), rng, deadline)
+    minimize(
+        lambda step: _loss(model, step, steps, [make_scene(rng) for _ in range(batch)], rng),
+        list(model.parameters()),
+        steps,
+        learning_rate,
+        weight_decay=0.01,
+        description="language model",
+        pause=pause,
+    )
     model.save_pretrained(folder)
     return _accuracy(model, random.Random("language, held out"))
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE, PATCH_SIZE = 168, 14
+from benchmarks.spatial.sizes import SIZES
+
+IMAGE_SIZE, PATCH_SIZE = SIZES.image_size, 14
 NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 
 COLOURS = {

@@ -5,11 +5,12 @@ Choices are made on the validation split; the test split is for the comparison a
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
-from benchmarks.spatial import language, vision
+from benchmarks.spatial import language, sizes, vision
+from benchmarks.spatial.optimize import TimeIsUp
 from benchmarks.spatial.probe import probe
 from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE
 from benchmarks.spatial.store import Split
@@ -39,14 +41,20 @@ class Plan:
         steps: of stages 1 and 2.
         batch: pictures per step.
         max_seeds: of a configuration, however many its study asks for.
+        name: what the CSV calls it.
+        probed: the most pictures of a split whose hidden states are probed.
+        device: that everything runs on.
     """
 
     vision_steps: int = 1500
     language_steps: int = 3500
-    pictures: tuple[tuple[str, int], ...] = (("train", 6000), ("validation", 500), ("test", 1000))
+    pictures: tuple[tuple[str, int], ...] = tuple(zip(("train", "validation", "test"), sizes.SIZES.pictures))
     steps: tuple[int, int] = (1200, 400)
     batch: int = 8
     max_seeds: int = 3
+    name: str = {"small": "full"}.get(sizes.NAME, sizes.NAME)
+    probed: int = 6000
+    device: str = "cpu"
 
 
 FULL = Plan()
@@ -56,6 +64,7 @@ QUICK = Plan(
     pictures=(("train", 32), ("validation", 8), ("test", 8)),
     steps=(2, 2),
     max_seeds=1,
+    name="quick",
 )
 
 # Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
@@ -135,7 +144,9 @@ RATE = "learning_rate"
 STUDIES = {
     RATE: Study(
         tuple(
-            Configuration(f"{name}:num_queries=36" if name == "resampler" else name, rate)
+            Configuration(
+                f"{name}:num_queries={(NUM_PATCHES_PER_SIDE // 2) ** 2}" if name == "resampler" else name, rate
+            )
             for name, rates in RATES.items()
             for rate in rates
         ),
@@ -194,21 +205,30 @@ def visual_tokens(projector_type: str) -> int:
     return registry.resolve(projector_type).output_side(NUM_PATCHES_PER_SIDE) ** 2
 
 
-def prepare(plan: Plan, folder: Path) -> None:
-    """Pre-train and look at all pictures, as far as that is not done yet."""
+def prepare(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
+    """Pre-train and look at pictures, as far as that is not done yet.
+
+    Raises:
+        TimeIsUp: at the deadline; another call goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "vision" / "config.json").exists():
-        vision.pretrain(folder / "vision", plan.vision_steps)
+        vision.pretrain(folder / "vision", plan.vision_steps, device=plan.device, deadline=deadline)
     if not (folder / "language" / "config.json").exists():
-        found = language.pretrain(folder / "language", plan.language_steps)
+        found = language.pretrain(folder / "language", plan.language_steps, device=plan.device, deadline=deadline)
         print("Language model, answers from captions:", ", ".join(f"{k} {v:.0%}" for k, v in found.items()))
-    for split in splits(plan, folder).values():
-        split.prepare(folder / "vision")
+    for split in (splits(plan, folder) if sizes.SIZES.is_cached else probed_splits(plan, folder)).values():
+        split.prepare(folder / "vision", device=plan.device)
+
+
+def probed_splits(plan: Plan, folder: Path) -> dict[str, Split]:
+    """As many pictures of training and validation as are probed."""
+    return {name: Split(name, min(size, plan.probed), folder) for name, size in plan.pictures if name != "test"}
 
 
 def depth_rows(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     """What the hidden states know."""
-    by_name = splits(plan, folder)
+    by_name = probed_splits(plan, folder)
     return [
         {
             **_facts(plan, DEPTH, f"hidden state {layer}", by_name["validation"]),
@@ -218,26 +238,57 @@ def depth_rows(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def study(plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], workers: int) -> None:
-    """Run what the CSV does not hold yet; every finished run is written at once."""
-    prepare(plan, folder)
+def study(
+    plan: Plan, folder: Path, path: Path, studies: tuple[str, ...], workers: int, deadline: float = math.inf
+) -> None:
+    """Run what the CSV does not hold yet; every finished run is written at once.
+
+    Raises:
+        TimeIsUp: no further run would end before the deadline (`time.time()`); another call goes on.
+    """
+    prepare(plan, folder, deadline)
     rows = read_rows(path, "stage1_loss") if path.exists() else []
     if not any(row["study"] == DEPTH for row in rows):
         append_rows(path, depth_rows(plan, folder), COLUMNS)
     done = {_job_of(row) for row in rows if row["study"] != DEPTH}
     todo = [job for job in jobs(plan, studies) if job not in done]
+    # Nobody knows how long a run takes before the first.
+    longest = max((float(row["seconds"]) for row in rows if row["plan"] == plan.name and row["seconds"]), default=0.0)
     # A fresh interpreter per worker: a forked one would share torch's threads.
     context = multiprocessing.get_context("spawn")
+    progress = tqdm(total=len(todo), desc="runs", unit=" run")
+    finished = 0
     with ProcessPoolExecutor(workers, context, _start_worker, (workers,)) as pool:
-        futures = {pool.submit(_work, plan, folder, job): job for job in todo}
-        progress = tqdm(as_completed(futures), total=len(futures), desc="runs", unit=" run")
-        for future in progress:
-            job = futures[future]
-            rows = future.result()
-            append_rows(path, rows, COLUMNS)
-            mean = sum(float(row["accuracy"]) for row in rows) / len(rows)
-            name, rate = job.configuration
-            progress.write(f"{job.study}, {name}, rate {rate:g}, seed {job.seed}: {mean:.1%} of the answers right")
+        running: dict[Future[list[Row]], Job] = {}
+        waiting = iter(todo)
+        while True:
+            while len(running) < workers and _has_time(deadline, longest, is_first=not (running or finished)):
+                job = next(waiting, None)
+                if job is None:
+                    break
+                running[pool.submit(_work, plan, folder, job)] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                rows = future.result()
+                append_rows(path, rows, COLUMNS)
+                longest = max(longest, float(rows[0]["seconds"]))
+                finished += 1
+                progress.update()
+                progress.write(_summary(running.pop(future), rows))
+    if finished < len(todo):
+        raise TimeIsUp(f"{len(todo) - finished} of {len(done) + len(todo)} runs are left")
+
+
+def _has_time(deadline: float, longest: float, *, is_first: bool) -> bool:
+    """Whether a run that starts now ends in time; the first of a call starts at any rate, or nothing would get done."""
+    return is_first or time.time() + longest <= deadline
+
+
+def _summary(job: Job, rows: Sequence[Row]) -> str:
+    mean = sum(float(row["accuracy"]) for row in rows) / len(rows)
+    name, rate = job.configuration
+    return f"{job.study}, {name}, rate {rate:g}, seed {job.seed}: {mean:.1%} of the answers right"
 
 
 def _job_of(row: Row) -> Job:
@@ -268,6 +319,7 @@ def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
         plan.steps[: STUDIES[job.study].stages],
         plan.batch,
         (rate, STAGE_2_RATE),
+        plan.device,
     )
     facts = {
         **_facts(plan, job.study, projector_type, judged),
@@ -281,12 +333,12 @@ def _work(plan: Plan, folder: Path, job: Job) -> list[dict[str, Any]]:
 
 
 def _facts(plan: Plan, study: str, name: str, split: Split) -> dict[str, Any]:
-    machine = measure.machine(torch.device("cpu"))
+    machine = measure.machine(torch.device(plan.device))
     return {
         "study": study,
         "type": name,
         "split": split.name,
-        "plan": "full" if plan == FULL else "quick",
+        "plan": plan.name,
         **{column: machine[column] for column in ("machine", "python", "torch", "transformers")},
     }
 

@@ -14,7 +14,7 @@ from benchmarks.spatial import vision
 from benchmarks.spatial.language import answered_right, encode_dialogue, pad
 from benchmarks.spatial.optimize import minimize
 from benchmarks.spatial.questions import FAMILIES
-from benchmarks.spatial.store import CachedTower, Split
+from benchmarks.spatial.store import CachedTower, LookingTower, Split
 
 Batch = dict[str, torch.Tensor]
 IMAGE = -200  # the picture's place in LLaVA's token ids, llava.constants.IMAGE_TOKEN_INDEX
@@ -44,8 +44,12 @@ def build(projector_type: str, vision_folder: Path, language_folder: Path) -> An
 def use_hidden_states(model: Any, split: Split) -> None:
     """From now on, the model's pictures are those of the split, by number."""
     tower = model.get_vision_tower()
-    layers = tower.layers if isinstance(tower, CachedTower) else getattr(tower, "projector_layers", (vision.SELECTED,))
-    model.model.vision_tower = CachedTower(split, layers)
+    if isinstance(tower, CachedTower):
+        layers, vision_model = tower.layers, tower.vision_model
+    else:
+        layers, vision_model = getattr(tower, "projector_layers", (vision.SELECTED,)), tower.vision_tower
+    tower_class = CachedTower if split.path.exists() else LookingTower
+    model.model.vision_tower = tower_class(split, layers, vision_model)
 
 
 def to_batch(indices: list[int], dialogues: list[tuple[list[int], list[int]]]) -> Batch:
@@ -87,7 +91,8 @@ def fit(model: Any, batches: Iterable[Batch], steps: int, learning_rate: float) 
     """Train what requires a gradient; returns the mean loss of the last tenth of the steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
-    losses = minimize((model(**batch).loss for batch in batches), parameters, steps, learning_rate)
+    iterator = iter(batches)
+    losses = minimize(lambda _: model(**_on(model, next(iterator))).loss, parameters, steps, learning_rate)
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -105,7 +110,7 @@ def evaluate(model: Any, split: Split, size: int = 64) -> dict[str, list[bool]]:
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
         dialogues = [encode_dialogue([IMAGE], [turn]) for _, _, turn in part]
-        batch = to_batch([index for index, _, _ in part], dialogues)
+        batch = _on(model, to_batch([index for index, _, _ in part], dialogues))
         _, positions, mask, _, embeddings, labels = model.prepare_inputs_labels_for_multimodal(
             batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
         )
@@ -113,6 +118,10 @@ def evaluate(model: Any, split: Split, size: int = 64) -> dict[str, list[bool]]:
         for (_, family, _), right in zip(part, answered_right(logits, labels).tolist()):
             found[family].append(right)
     return found
+
+
+def _on(model: Any, batch: Batch) -> Batch:
+    return {name: value.to(model.device) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,13 @@ def run(
     steps: tuple[int, ...],
     batch: int,
     learning_rates: tuple[float, ...],
+    device: str = "cpu",
 ) -> Outcome:
     """Build, train as many stages as there are numbers of steps, answer."""
     torch.manual_seed(seed)
     model = build(projector_type, vision_folder, language_folder)
     use_hidden_states(model, train)
+    model.to(device)
     model.requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(True)
     losses = []

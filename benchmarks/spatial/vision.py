@@ -7,6 +7,7 @@ what the whole picture holds. So the middle knows where, the top knows what, as 
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.spatial.optimize import minimize
+from benchmarks.spatial.optimize import Pause, minimize
 from benchmarks.spatial.scenes import (
     COLOURS,
     GLYPHS,
@@ -93,8 +94,19 @@ def make_model() -> Any:
     return CLIPVisionModel(config)
 
 
-def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1e-3) -> None:
-    """Train on scenes made on the way, and write a checkpoint that LLaVA's tower loads."""
+def pretrain(
+    folder: Path,
+    steps: int,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    device: str = "cpu",
+    deadline: float = math.inf,
+) -> None:
+    """Train on scenes made on the way, and write a checkpoint that LLaVA's tower loads.
+
+    Raises:
+        TimeIsUp: at the deadline; another call goes on.
+    """
     from transformers import CLIPImageProcessor
 
     torch.manual_seed(0)
@@ -102,9 +114,18 @@ def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1
     model = make_model()
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + number) for name, (number, _) in DENSE.items()})
     heads["picture"] = nn.Linear(WIDTH, len(KINDS) + len(GLYPHS))
-    losses = (_loss(model, heads, [make_scene(rng) for _ in range(batch)], rng) for _ in range(steps))
-    parameters = [*model.parameters(), *heads.parameters()]
-    minimize(losses, parameters, steps, learning_rate, weight_decay=0.05, warmup=0.1, description="vision model")
+    model.to(device)
+    heads.to(device)
+    minimize(
+        lambda _: _loss(model, heads, [make_scene(rng) for _ in range(batch)], rng),
+        [*model.parameters(), *heads.parameters()],
+        steps,
+        learning_rate,
+        weight_decay=0.05,
+        warmup=0.1,
+        description="vision model",
+        pause=Pause(folder.with_suffix(".unfinished"), rng, deadline),
+    )
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mean, deviation = [0.5] * 3, [64 / 255] * 3
@@ -114,13 +135,14 @@ def pretrain(folder: Path, steps: int, batch: int = 32, learning_rate: float = 1
 
 
 def _loss(model: Any, heads: nn.ModuleDict, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
-    out = model(normalize(torch.stack([pixels(draw(scene, rng)) for scene in scenes])), output_hidden_states=True)
+    images = torch.stack([pixels(draw(scene, rng)) for scene in scenes]).to(model.device)
+    out = model(normalize(images), output_hidden_states=True)
     patches = out.hidden_states[DENSE_LAYER][:, 1:].flatten(0, 1)
-    labels = torch.stack([dense_labels(scene) for scene in scenes], dim=1).flatten(1)
+    labels = torch.stack([dense_labels(scene) for scene in scenes], dim=1).flatten(1).to(model.device)
     loss = sum(
         weight * F.cross_entropy(heads[name](patches), expected)
         for (name, (_, weight)), expected in zip(DENSE.items(), labels)
     )
-    held = torch.stack([picture_labels(scene) for scene in scenes])
+    held = torch.stack([picture_labels(scene) for scene in scenes]).to(model.device)
     # A picture's kinds are a few of many: weighted up, as the letter is.
     return loss + 3 * F.binary_cross_entropy_with_logits(heads["picture"](out.pooler_output), held)
