@@ -23,7 +23,7 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 # For forks: a folder of checkouts, named as in tests/forks/table.py. Packages go to .forks, 1 GB or so.
 FORKS ?= ../forks
 
-.PHONY: check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks clean
+.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -46,6 +46,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
+
+# On a machine with a GPU and all packages, of which this installs none: docs/cuda.md.
+check-cuda:
+	$(PYTHON) -m tests.gpu
 
 forks: $(STAMP)
 	$(BIN)/python -m tests.forks --forks $(FORKS)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from benchmarks.speed.plot import plot
 from benchmarks.speed.run import bench, choose_device
 from benchmarks.speed.suites import SUITES
 
@@ -42,7 +41,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return status
     picture = parsed.csv.with_suffix(".png")
     try:
+        from benchmarks.speed.plot import plot  # here, for a machine that measures need not be able to draw
+
         plot(parsed.csv, picture)
+    except ImportError as error:
+        print(f"not drawn: {error}. Where matplotlib is: python -m benchmarks.speed --plot-only --csv {parsed.csv}")
+        return status
     except (OSError, ValueError) as error:
         print(f"cannot draw {parsed.csv}: {error}", file=sys.stderr)
         print("remedy: run `python -m benchmarks.speed --quick`, then draw the CSV it names", file=sys.stderr)

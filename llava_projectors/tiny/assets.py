@@ -7,6 +7,7 @@ real are the formats, the shapes and the code that reads them.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import random
@@ -17,7 +18,6 @@ from typing import Any
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_sample_image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -129,12 +129,21 @@ def make_images(folder: Path, num_scenes: int = 6) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = dict(PHOTOGRAPHS)
     for name in PHOTOGRAPHS:
-        Image.fromarray(load_sample_image(name)).save(folder / name)
+        _photograph(name).save(folder / name)
     for number, (scene, caption) in enumerate(random.Random(0).sample(_all_scenes(), num_scenes)):
         name = f"scene{number}.png"
         draw_scene(*scene).save(folder / name)
         captions[name] = caption
     return captions
+
+
+def _photograph(name: str) -> Image.Image:
+    """A file of scikit-learn, which is not imported for it: that takes a second, and SciPy."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the photograph {name} comes with scikit-learn: pip install scikit-learn")
+    with Image.open(Path(spec.submodule_search_locations[0]) / "datasets" / "images" / name) as image:
+        return image.convert("RGB")
 
 
 def conversation(image: str | None, question: str, answer: str) -> dict[str, Any]:
