@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +86,14 @@ def output_of(log: Path, status: int) -> str:
     Raises:
         TrainingFailed: a non-zero exit status.
     """
+    output = log.read_text()
     if status:
-        with log.open() as file:
-            end = "".join(deque(file, maxlen=15))
+        lines = output.splitlines()
+        # A launcher of ranks writes a report of its own below the error of a rank.
+        errors = [line for line in lines if "Error: " in line][:1]
+        end = "\n".join([*errors, "...", *lines[-15:]] if errors and errors[0] not in lines[-15:] else lines[-15:])
         raise TrainingFailed(f"exit status {status}, the whole output is in {log}, it ends in:\n{end}")
-    return log.read_text()
+    return output
 
 
 def losses(output: Path) -> list[float]:
