@@ -77,7 +77,9 @@ def unknown_type(type_string: Any) -> ProjectorSpecError:
     name = str(type_string).partition(":")[0]
     ours = list_projectors()
     if name in LLAVAS_TYPES:
-        return ProjectorSpecError(f"{name!r} is a projector type of LLaVA's own; llava_projectors has {', '.join(ours)}")
+        return ProjectorSpecError(
+            f"{name!r} is a projector type of LLaVA's own; llava_projectors has {', '.join(ours)}"
+        )
     return ProjectorSpecError(
         f"unknown projector type {type_string!r}: llava_projectors has {', '.join(ours)}; "
         f"LLaVA has {', '.join(LLAVAS_TYPES)}{suggest(name, [*ours, *LLAVAS_TYPES])}"
