@@ -228,9 +228,16 @@ def test_training_a_fork(tmp_path, tiny, can_train):
 
 
 PATCHES = Path(__file__).parents[1] / "patches"
+CONNECTOR_PATCH = "tinyllava_factory.patch"
 
 
-@pytest.mark.parametrize("patch", sorted(path.name for path in PATCHES.glob("*.patch")))
+def apply(patch, folder):
+    command = ["git", "apply", "--unidiff-zero", PATCHES / patch]
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run(command, cwd=folder, check=True, env=environment)
+
+
+@pytest.mark.parametrize("patch", sorted({path.name for path in PATCHES.glob("*.patch")} - {CONNECTOR_PATCH}))
 def test_patch_files(tmp_path, patch):
     """The explicit import alone, with no start-up hook, patches the package; applied to LLaVA under the fork's name."""
     text = (PATCHES / patch).read_text()
@@ -244,16 +251,45 @@ def test_patch_files(tmp_path, patch):
     if "--- /dev/null" in text:  # the fork is a namespace package
         patched.unlink()
     original = patched.read_text() if patched.exists() else ""
-    command = ["git", "apply", "--unidiff-zero", PATCHES / patch]
-    subprocess.run(
-        command, cwd=tmp_path, check=True, env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-    )
+    apply(patch, tmp_path)
     assert patched.read_text().endswith(original)
     script = (
         "import sys; sys.meta_path.pop(0)\nfor m in list(sys.modules):\n  if 'llava_proj' in m: del sys.modules[m]\n"
     )
     script += SHOW_PATCHED.replace("llava.model", f"{package}.model")
     assert python(script, cwd=tmp_path) == "True True True True"
+
+
+def test_the_patch_that_adds_a_connector(tmp_path):
+    """In a package with what TinyLLaVA_Factory has of connectors: a base class, and a registry that reads files."""
+    place = tmp_path / "tinyllava" / "model" / "connector"
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text(
+        "kinds = {}\ndef register_connector(name):\n    return lambda cls: kinds.setdefault(name, cls)\n"
+        "from . import llava_projectors\n"
+    )
+    (place / "base.py").write_text(
+        "from torch import nn\nclass Connector(nn.Module):\n"
+        "    def forward(self, x):\n        return self._connector(x)\n"
+    )
+    apply(CONNECTOR_PATCH, tmp_path)
+    script = """
+    from types import SimpleNamespace
+    import torch
+    from tinyllava.model.connector import kinds
+    def build(kind):
+        config = SimpleNamespace(connector_type=kind, vision_hidden_size=8, hidden_size=16, vision_feature_layer=-2)
+        return kinds["llava_projectors"](config)
+    print(list(build("llava_projectors.saep:layers=-2")(torch.ones(1, 16, 8)).shape))
+    try:
+        build("llava_projectors.saep")
+    except ValueError as error:
+        print(error)
+    """
+    assert python(script, cwd=tmp_path).splitlines() == [
+        "[1, 4, 16]",
+        "'llava_projectors.saep' reads several layers: say layers=-2 in the type",
+    ]
 
 
 def test_patching_what_is_not_there_is_an_error():
