@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from test_projectors import features_for, randomise, relative_error
 
 from llava_projectors import ProjectorSpecError, build_projector
-from llava_projectors.projectors.resampler import sine_positions
+from llava_projectors.projectors.delta import head_size
+from llava_projectors.projectors.layers import sine_positions
 from llava_projectors.tiny import train
 
 
@@ -19,9 +20,12 @@ def linear(w, name, x):
     return x @ w[f"{name}.weight"].T + (0 if bias is None else bias)
 
 
+def gelu(x):
+    return x * torch.special.ndtr(x)
+
+
 def mlp(w, name, x):
-    hidden = linear(w, f"{name}.0", x)
-    return linear(w, f"{name}.2", hidden * torch.special.ndtr(hidden))
+    return linear(w, f"{name}.2", gelu(linear(w, f"{name}.0", x)))
 
 
 def norm(w, name, x, eps=1e-6):
@@ -99,12 +103,87 @@ def resampler(p, w, x):
     return linear(w, "readout", norm(w, "norm", out.transpose(0, 1)))
 
 
-REFERENCES = (avg_pool, pixel_shuffle, ldpv2, c_abstractor, resampler)
+def regions_of(side, s):
+    """The places of each region's patches, cut off at the border."""
+    count = math.ceil(side / s)
+    corners = [(i * s, j * s) for i in range(count) for j in range(count)]
+    return [
+        [(r, c) for r in range(top, min(top + s, side)) for c in range(left, min(left + s, side))]
+        for top, left in corners
+    ]
+
+
+def stf(p, w, x):
+    s, side = p.stride, x.shape[1]
+    joined = F.pad(mlp(w, "join", x), (0, 0, 0, -side % s, 0, -side % s))
+    tokens = [torch.cat([joined[:, r, c] for r, c in places], -1) for places in regions_of(side + -side % s, s)]
+    return mlp(w, "fuse", torch.stack(tokens, 1))
+
+
+def delta(p, w, x):
+    """Keys and values are projected patch by patch, and each region's attention is its own softmax."""
+    s, side, width = p.stride, x.shape[1], p.mm_hidden_size
+
+    def project(name, x):
+        low_rank = w[f"{name}.widen.weight"] @ w[f"{name}.narrow.weight"]
+        return norm(w, f"{name}.norm", gelu(x @ (w[f"{name}.shared.weight"] + low_rank).T))
+
+    def attention(q, k, v):
+        """[B, n, d] each."""
+        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    def block(x):
+        """[B, h, w, C]"""
+        y = linear(w, "refine.enter", x)
+        q, k, v = linear(w, "refine.query_key_value", norm(w, "refine.norm", y, 1e-5)).flatten(1, 2).chunk(3, -1)
+        size = p.refine.head_size
+        heads = [attention(*(t[..., at : at + size] for t in (q, k, v))) for at in range(0, q.shape[-1], size)]
+        y = y + linear(w, "refine.merge", torch.cat(heads, -1)).view(y.shape)
+        local = linear(w, "refine.branch", y)
+        kernel = w["refine.convolve.weight"]
+        padded = F.pad(local, (0, 0, 1, 1, 1, 1))
+        height, columns = x.shape[1:3]
+        convolved = []
+        for at in range(0, local.shape[-1], size):  # groups as wide as heads
+            shifted = [
+                padded[:, i : i + height, j : j + columns, at : at + size] @ kernel[at : at + size, :, i, j].T
+                for i in range(3)
+                for j in range(3)
+            ]
+            convolved.append(sum(shifted))
+        convolved = norm(w, "refine.norm_convolved", torch.cat(convolved, -1), 1e-5)
+        local = local + linear(w, "refine.mix", convolved.clamp(min=0))
+        z = torch.cat([y, local], -1)
+        return z + linear(w, "refine.contract", linear(w, "refine.expand", z).clamp(min=0))
+
+    image = F.pad(x[..., -width:].permute(0, 3, 1, 2), (0, -side % s, 0, -side % s), mode="replicate")
+    count = math.ceil(side / s)
+    coarse = block(F.interpolate(image, size=(count, count), mode="bilinear").permute(0, 2, 3, 1)).flatten(1, 2)
+    query = project("to_query", coarse + sine_positions(count, coarse))
+    key, value = project("to_key", x), project("to_value", x)
+    in_weight, in_bias = w["attend.in_proj_weight"].chunk(3), w["attend.in_proj_bias"].chunk(3)
+    tokens = []
+    for index, places in enumerate(regions_of(side, s)):
+        own = [torch.stack([t[:, r, c] for r, c in places], 1) for t in (key, value)]
+        q, k, v = (t @ m.T + b for t, m, b in zip((query[:, index, None], *own), in_weight, in_bias))
+        size = width // p.attend.num_heads
+        heads = [attention(*(t[..., at : at + size] for t in (q, k, v))) for at in range(0, width, size)]
+        tokens.append(linear(w, "attend.out_proj", torch.cat(heads, -1)))
+    return mlp(w, "mlp", torch.cat(tokens, 1))
+
+
+REFERENCES = (avg_pool, pixel_shuffle, ldpv2, c_abstractor, resampler, stf, delta)
 BASELINES = [
     *(f"{name}:stride={s}" for name in ("avg_pool", "pixel_shuffle", "ldpv2", "c_abstractor") for s in (2, 3, 4)),
     "resampler:num_queries=16",
     "avg_pool:layers=3+7",
     "c_abstractor:depth=1,layers=2+5+7",
+    "stf",
+    "stf:stride=3,layers=3+7,inner_size=24",
+    "stf:stride=4,layers=7",
+    "delta",
+    "delta:scale_factor=3,layers=3+7,rank=2",
+    "delta:scale_factor=4,layers=7",
 ]
 
 
@@ -127,7 +206,8 @@ def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, to
     (out * loss_weight.to(dtype)).sum().backward()
     (expected * loss_weight).sum().backward()
     assert relative_error(x.grad, x64.grad) < tolerance * 3
-    names = [name for name in weights if name != "to_key.bias"]  # shifts all scores of a query alike: no gradient
+    # These shift all scores of a query alike: no gradient.
+    names = [name for name in weights if name not in ("to_key.bias", "to_key.norm.bias")]
     ours = torch.cat([projector.get_parameter(name).grad.double().flatten() for name in names])
     assert relative_error(ours, torch.cat([weights[name].grad.flatten() for name in names])) < tolerance * 3
 
@@ -140,6 +220,33 @@ def test_the_resamplers_queries_know_where_they_are():
     assert nearest.tolist() == [(3 * i + 1) * 12 + 3 * j + 1 for i in range(4) for j in range(4)]
 
 
+def test_the_sizes_of_the_peers_are_the_published_at_clip_larges_width():
+    with torch.device("meta"):
+        peers = build_projector("stf"), build_projector("delta")
+    stf, delta = ({name: tuple(p.shape) for name, p in peer.named_parameters()} for peer in peers)
+    assert (stf["join.0.weight"], stf["join.2.weight"]) == ((4096, 8192), (1024, 4096))
+    assert (stf["fuse.0.weight"], stf["fuse.2.weight"]) == ((16384, 4096), (4096, 16384))
+    assert delta["refine.enter.weight"] == (768, 1024)
+    assert delta["refine.convolve.weight"] == (256, 32, 3, 3)
+    assert delta["refine.expand.weight"] == (2048, 1024)
+    assert (delta["to_key.shared.weight"], delta["to_key.narrow.weight"]) == ((1024, 4096), (16, 4096))
+    assert (peers[1].attend.num_heads, peers[1].refine.head_size) == (8, 32)
+
+
+def test_heads_divide_any_width():
+    for channels in range(2, 300):
+        assert channels % head_size(channels) == 0
+        assert 0 < 3 * (channels // head_size(channels)) // 4 < channels // head_size(channels)
+
+
+def test_low_rank_projection_starts_as_published():
+    torch.manual_seed(0)
+    projection = build_projector("delta", 256, 64).to_key
+    assert projection.shared.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for layer in (projection.narrow, projection.widen):  # Xavier
+        assert layer.weight.abs().max().item() == pytest.approx((6 / sum(layer.weight.shape)) ** 0.5, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("type_string", "message"),
     [
@@ -147,6 +254,10 @@ def test_the_resamplers_queries_know_where_they_are():
         ("resampler:num_queries=0", "num_queries=0 must be a square number, such as 64 or 144"),
         ("c_abstractor:depth=0", "depth=0 must be at least 1"),
         ("avg_pool:stride=5", "bad value '5'"),
+        ("stf:inner_size=0", "inner_size=0 must be at least 1"),
+        ("stf:scale_factor=3", "unknown option 'scale_factor'.*did you mean 'stride'"),
+        ("delta:rank=0", "rank=0 must be at least 1"),
+        ("delta:stride=3", "unknown option 'stride'.*did you mean 'scale_factor'"),
     ],
 )
 def test_bad_options_are_explained(type_string, message):
@@ -163,6 +274,8 @@ def test_bad_options_are_explained(type_string, message):
         ("ldpv2", 36),
         ("c_abstractor", 36),
         ("resampler:num_queries=64", 64),
+        ("stf:layers=1+4+7", 36),
+        ("delta", 36),
     ],
 )
 def test_through_llavas_own_scripts(tiny, can_train, type_string, tokens):

@@ -27,7 +27,17 @@ MAY_IMPORT = {
 }
 # doctor examines the hook itself, and its trial arms it.
 MAY_IMPORT_AUTOLOAD = {"doctor", "trial"}
-PROJECTOR_FILES = {"avg_pool", "c_abstractor", "ldpv2", "pixel_shuffle", "resampler", "saep", "tokenpacker"}
+PROJECTOR_FILES = {
+    "avg_pool",
+    "c_abstractor",
+    "delta",
+    "ldpv2",
+    "pixel_shuffle",
+    "resampler",
+    "saep",
+    "stf",
+    "tokenpacker",
+}
 
 
 def imports_of(path):

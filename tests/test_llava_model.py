@@ -26,6 +26,8 @@ COUNTS = {
     "ldpv2:stride=3": 64,
     "c_abstractor": 144,
     "resampler:num_queries=49": 49,
+    "stf:stride=3,layers=1+4+7": 64,
+    "delta": 144,
 }
 OURS = [name for name in COUNTS if name != "mlp2x_gelu"]
 

@@ -10,7 +10,15 @@ from torch import nn
 from llava_projectors import build_projector
 
 TYPES = ("saep", "saep:order=depthwise_first", "saep:stride=3", "tokenpacker", "tokenpacker:scale_factor=3")
-BASELINES = ("avg_pool", "pixel_shuffle", "ldpv2", "c_abstractor", "resampler:num_queries=36")
+BASELINES = (
+    "avg_pool",
+    "pixel_shuffle",
+    "ldpv2",
+    "c_abstractor",
+    "resampler:num_queries=36",
+    "stf:layers=3+7",
+    "delta",
+)
 
 
 def outlier_features(projector, dtype, batch=2, side=12):
@@ -92,11 +100,11 @@ class Opaque(nn.Module):
         return self.run[0](x)
 
 
-@pytest.mark.parametrize("projector_type", TYPES)
+@pytest.mark.parametrize("projector_type", [*TYPES, *BASELINES])
 def test_linear_layers_are_called_never_read(projector_type):
     """8- and 4-bit loading puts other modules in the place of `nn.Linear`."""
     projector = build_projector(projector_type, 32, 16)
-    x = torch.randn(1, 144, 128)
+    x = torch.randn(1, 144, projector.num_levels * 32)
     expected = projector(x)
     for parent in list(projector.modules()):
         for name, child in list(parent.named_children()):

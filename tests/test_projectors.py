@@ -17,7 +17,14 @@ from llava_projectors.projectors.tokenpacker import downsample_bilinear
 GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
 STRIDES = {"saep": "saep:stride={}", "tokenpacker": "tokenpacker:scale_factor={}"}
 OURS = [pattern.format(s) for pattern in STRIDES.values() for s in (2, 3, 4)]
-BASELINES = ["avg_pool", "pixel_shuffle:stride=3", "ldpv2", "c_abstractor:stride=4"]
+BASELINES = [
+    "avg_pool",
+    "pixel_shuffle:stride=3",
+    "ldpv2",
+    "stf:layers=4+7",
+    "c_abstractor:stride=4",
+    "delta",
+]
 ALL_TYPES = OURS + BASELINES
 MANY_HEADS = " with 8 heads"
 RESAMPLER = "resampler:num_queries=16"  # no stride, so it is named where a test does not ask for one
@@ -254,7 +261,7 @@ def test_a_token_sees_its_own_region_only_as_far_as_documented(type_string):
     difference = (projector(changed) - projector(x)).abs().amax(-1).view(12 // s, 12 // s)
     touched = {tuple(index) for index in difference.gt(1e-7).nonzero().tolist()}
     assert (row // s, column // s) in touched
-    if projector.name in ("tokenpacker", "avg_pool", "pixel_shuffle"):
+    if projector.name in ("tokenpacker", "avg_pool", "pixel_shuffle", "stf"):
         assert len(touched) == 1
 
 
@@ -319,7 +326,7 @@ def test_bad_features_are_explained(type_string):
         projector(torch.zeros(1, 577, 64))
 
 
-@pytest.mark.parametrize("type_string", [*OURS, *BASELINES[:-1]])  # C-Abstractor looks at the whole picture
+@pytest.mark.parametrize("type_string", [*OURS, *BASELINES[:-2]])  # the last two look at the whole picture
 def test_padding_changes_nothing_where_there_are_patches(type_string):
     """The tokens of whole regions are the same whether or not the grid goes on with a partial region."""
     projector = build_projector(type_string, 16, 8)

@@ -10,7 +10,17 @@ import llava_projectors as lp
 from llava_projectors import registry
 from llava_projectors.projectors import registration
 
-BUILT_IN = ("avg_pool", "c_abstractor", "ldpv2", "pixel_shuffle", "resampler", "saep", "tokenpacker")
+BUILT_IN = (
+    "avg_pool",
+    "c_abstractor",
+    "delta",
+    "ldpv2",
+    "pixel_shuffle",
+    "resampler",
+    "saep",
+    "stf",
+    "tokenpacker",
+)
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def test_parse_and_write_back(type_string, name, options):
     [
         (
             "seap",
-            r"unknown projector type 'seap': .* has avg_pool,.* saep, tokenpacker;.*did you mean 'saep'\?",
+            r"unknown projector type 'seap': .* has avg_pool,.* saep, stf, tokenpacker;.*did you mean 'saep'\?",
         ),
         ("TokenPaker", r"did you mean 'tokenpacker'\?"),
         ("mlp2x_gelu", "^.mlp2x_gelu. is a projector type of LLaVA.s own; llava_projectors has avg_pool"),

@@ -114,7 +114,7 @@ def test_copies(towers, images, copied):
         (
             "saep",
             {"mm_vision_select_layer": 1},
-            r"default layers need a selected layer of at least 6.*layers=1",
+            r"default layers need a deeper tower: with --mm_vision_select_layer 1 they would be 1\+1\+0\+1; .*layers=1",
         ),
         (
             "tokenpacker",

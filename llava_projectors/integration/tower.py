@@ -417,8 +417,8 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
     if list(absolute) != sorted(set(absolute)):
         if not given:
             raise ProjectorSpecError(
-                f"{prefix}: the default layers need a selected layer of at least 6, and --mm_vision_select_layer "
-                f"{select_layer} is {selected}; list the layers yourself, for example "
+                f"{prefix}: the default layers need a deeper tower: with --mm_vision_select_layer {select_layer} "
+                f"they would be {format_value(absolute)}; list the layers yourself, for example "
                 f"{resolved.cls.name}:layers={selected}; {tower_is}"
             )
         raise ProjectorSpecError(

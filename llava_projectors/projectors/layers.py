@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Optional
+
 import torch
 from torch import nn
 
@@ -16,15 +19,32 @@ def head_count(width: int) -> int:
     return heads
 
 
+def sine_positions(side: int, like: torch.Tensor) -> torch.Tensor:
+    """Sines and cosines of row and column in turn over the channels: [side*side, D], dtype and device as `like`.
+
+    Both are counted in parts of the side, so that a query and the patches at its place agree.
+    """
+    channels = like.shape[-1]
+    place = (torch.arange(side, device=like.device, dtype=torch.float32) + 0.5) / side
+    # Wavelengths from the whole picture to about a patch of a 64x64 grid.
+    frequency = 2 * math.pi * 64 ** (torch.arange(-(-channels // 4), device=like.device) / max(1, channels // 4))
+    angles = place[:, None] * frequency
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows = waves[:, None].expand(-1, side, -1)
+    columns = waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1)[..., :channels].flatten(0, 1).to(like.dtype)
+
+
 class TwoLayerMLP(nn.Sequential):
     """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks.
 
     Values and parameter names of the plain `nn.Sequential`; the GELU's output is not kept for
-    the backward pass.
+    the backward pass. `hidden_features`, the width between, is `out_features` unless given.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
+    def __init__(self, in_features: int, out_features: int, hidden_features: Optional[int] = None) -> None:
+        hidden = out_features if hidden_features is None else hidden_features
+        super().__init__(nn.Linear(in_features, hidden), nn.GELU(), nn.Linear(hidden, out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_projectors.projectors.base import Projector
-from llava_projectors.projectors.layers import head_count
+from llava_projectors.projectors.layers import head_count, sine_positions
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -77,22 +77,6 @@ class Resampler(Projector):
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.readout(self.norm(self.merge(out)))
-
-
-def sine_positions(side: int, like: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of row and column in turn over the channels: [side*side, D], dtype and device as `like`.
-
-    Both are counted in parts of the side, so that a query and the patches at its place agree.
-    """
-    channels = like.shape[-1]
-    place = (torch.arange(side, device=like.device, dtype=torch.float32) + 0.5) / side
-    # Wavelengths from the whole picture to about a patch of a 64x64 grid.
-    frequency = 2 * math.pi * 64 ** (torch.arange(-(-channels // 4), device=like.device) / max(1, channels // 4))
-    angles = place[:, None] * frequency
-    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    rows = waves[:, None].expand(-1, side, -1)
-    columns = waves[None].expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=-1)[..., :channels].flatten(0, 1).to(like.dtype)
 
 
 def _side(num_queries: int) -> int:

@@ -33,6 +33,8 @@ UNTRAINED = (
     "ldpv2:stride=4",
     "c_abstractor",
     "resampler:num_queries=49",
+    "stf:layers=1+4+7",
+    "delta:scale_factor=3",
     "corner:stride=5",
 )
 # The README's example of a type of one's own.
