@@ -45,6 +45,8 @@ def test_the_mathematics_counts_saeps_operations():
         ("ldpv2:stride=2", "| `ldpv2` "),
         ("c_abstractor:stride=2", "| `c_abstractor` "),
         ("resampler:num_queries=144", "| `resampler` "),
+        ("stf:stride=2", "| `stf` "),
+        ("delta:scale_factor=2", "| `delta` "),
     ],
 )
 def test_the_readme_counts_parameters_right(type_string, row):
