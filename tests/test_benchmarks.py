@@ -67,6 +67,35 @@ def test_projector_flops_are_those_of_torchs_counter(subject, batch):
     assert counted(lambda: projector(features).sum().backward()) == work.both - left_out
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "blocks_before=1,blocks_after=2,dilations=1+2",
+        "level_kernel=3",
+        "gate=softmax,level_kernel=5,stride=3",
+        "order=depthwise_first,level_kernel=3,blocks_after=1",
+        "readout_size=80,positions=sine",
+    ],
+)
+def test_flops_of_saeps_options_are_those_of_torchs_counter(options):
+    """Of the convolutions, whose gradients the counter gets wrong, the work is read off each one as it runs."""
+    subject = Subject(f"saep:{options}")
+    projector, gradients = suites.make_projector(subject, WIDTH, HIDDEN), []
+
+    def note(layer, inputs, output):
+        work = 2 * output.numel() * layer.kernel_size[0] ** 2
+        gradients.append(work * (1 + inputs[0].requires_grad))
+
+    for module in projector.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(note)
+    work = flops.projector(subject, SIDE, WIDTH, HIDDEN)
+    features = torch.randn(1, SIDE**2, 4 * WIDTH)
+    assert counted(lambda: projector(features)) == work.forward
+    gradients.clear()
+    assert counted(lambda: projector(features).sum().backward()) == work.both - sum(gradients)
+
+
 @pytest.fixture(scope="module")
 def family():
     return models.Family(models.TINY_TOWER, models.TINY_LLAMA, CPU, torch.float32)

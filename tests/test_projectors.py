@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from llava_projectors import ProjectorSpecError, build_projector
 from llava_projectors.projectors.base import multi_level_layers
+from llava_projectors.projectors.convolutions import SeparableBlock
+from llava_projectors.projectors.layers import sine_positions
 from llava_projectors.projectors.tokenpacker import downsample_bilinear
 
 GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
@@ -90,6 +93,44 @@ def naive_saep(p, x):
     side, s = math.isqrt(patches), p.stride
     grid = x.double().view(batch, side, side, -1)
 
+    def layer_norm(y, name):
+        y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, keepdim=True, unbiased=False) + 1e-6)
+        return y * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def convolve(value, name, dilation=1):
+        """Depthwise, stride 1, with a border of zeros, as a sum of shifted products."""
+        kernel = weights[f"{name}.weight"][:, 0]
+        height, reach = value.shape[1], kernel.shape[-1] // 2 * dilation
+        padded = F.pad(value, (0, 0, reach, reach, reach, reach))
+        total = weights[f"{name}.bias"]
+        for i in range(kernel.shape[-1]):
+            for j in range(kernel.shape[-1]):
+                row, column = i * dilation, j * dilation
+                total = total + padded[:, row : row + height, column : column + height] * kernel[:, i, j]
+        return total
+
+    def blocks(value, name):
+        for index, block in enumerate(getattr(p, name)):
+            at, parts, first = f"{name}.{index}", [], 0
+            y = layer_norm(value, f"{at}.norm")
+            for part, layer in enumerate(block.depthwise):
+                last = first + len(layer.weight)
+                parts.append(convolve(y[..., first:last], f"{at}.depthwise.{part}", layer.dilation[0]))
+                first = last
+            y = torch.cat(parts, -1)
+            y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+            value = value + y @ weights[f"{at}.pointwise.weight"].T + weights[f"{at}.pointwise.bias"]
+        return value
+
+    for index, level in enumerate(p.levels):
+        if hasattr(level, "depthwise"):
+            grid = grid + convolve(grid, f"levels.{index}.depthwise")
+        else:
+            scores = layer_norm(grid, f"levels.{index}.norm") @ weights[f"levels.{index}.score.weight"].T
+            share = (scores + weights[f"levels.{index}.score.bias"]).exp()
+            share = share / share.sum(-1, keepdim=True) * p.num_levels
+            grid = torch.cat([block * share[..., [i]] for i, block in enumerate(grid.chunk(p.num_levels, -1))], -1)
+
     def aggregate(value):
         return value @ weights["aggregate.weight"].T + weights["aggregate.bias"]
 
@@ -112,10 +153,11 @@ def naive_saep(p, x):
                 out[:, i, j] = total
         return out
 
-    y = reduce(aggregate(grid)) if p.order == "pointwise_first" else aggregate(reduce(grid))
-    y = y.flatten(1, 2)
-    y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, keepdim=True, unbiased=False) + 1e-6)
-    y = y * weights["norm.weight"] + weights["norm.bias"]
+    pointwise_first = p.order == "pointwise_first"
+    y = reduce(blocks(aggregate(grid), "before")) if pointwise_first else aggregate(reduce(grid))
+    y = layer_norm(blocks(y, "after").flatten(1, 2), "norm")
+    if p.positions == "sine":
+        y = y + sine_positions(math.ceil(side / s), y)
     y = y @ weights["readout.0.weight"].T + weights["readout.0.bias"]
     y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
     return y @ weights["readout.2.weight"].T + weights["readout.2.bias"]
@@ -168,6 +210,14 @@ SAEP_VARIANTS = [
     "saep:stride=3,kernel_size=4,inner_size=24,layers=3+7",
     "saep:kernel_size=2,order=depthwise_first,shortcut=none",
 ]
+SAEP_OPTIONS = [
+    "saep:blocks_before=1,blocks_after=2",
+    "saep:blocks_before=2,dilations=1+2+3,stride=3",
+    "saep:order=depthwise_first,blocks_after=1,dilations=2",
+    "saep:level_kernel=3",
+    "saep:gate=softmax,level_kernel=5,stride=4",
+    "saep:positions=sine,readout_size=24,inner_size=20",
+]
 
 
 def build_small(type_string):
@@ -178,7 +228,7 @@ def build_small(type_string):
     return projector
 
 
-@pytest.mark.parametrize("type_string", [*OURS, *SAEP_VARIANTS, "tokenpacker" + MANY_HEADS])
+@pytest.mark.parametrize("type_string", [*OURS, *SAEP_VARIANTS, *SAEP_OPTIONS, "tokenpacker" + MANY_HEADS])
 @pytest.mark.parametrize("side", [12, 13, 11], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, tolerance):
@@ -215,7 +265,8 @@ def randomise(projector):
 
 
 @pytest.mark.parametrize(
-    "type_string", ["saep", "saep:order=depthwise_first,stride=3", "tokenpacker", *BASELINES, RESAMPLER]
+    "type_string",
+    ["saep", "saep:order=depthwise_first,stride=3", *SAEP_OPTIONS[1:5:3], "tokenpacker", *BASELINES, RESAMPLER],
 )
 def test_gradcheck(type_string):
     torch.manual_seed(0)
@@ -238,7 +289,7 @@ def test_any_size(type_string, side, mm_hidden_size, hidden_size):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, *SAEP_OPTIONS, RESAMPLER])
 def test_non_contiguous_and_empty_input(type_string):
     projector = build_projector(type_string, 16, 8)
     x = features_for(projector)
@@ -265,7 +316,7 @@ def test_a_token_sees_its_own_region_only_as_far_as_documented(type_string):
         assert len(touched) == 1
 
 
-@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER])
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, *SAEP_OPTIONS, RESAMPLER])
 def test_no_buffers_and_lora_safe_names(type_string):
     projector = build_projector(type_string, 16, 8)
     assert list(projector.named_buffers()) == []
@@ -283,7 +334,7 @@ def test_downsampling_is_bilinear_interpolation(stride, dtype):
     torch.testing.assert_close(actual, expected.permute(0, 2, 3, 1).to(dtype))
 
 
-@pytest.mark.parametrize("type_string", [*ALL_TYPES, RESAMPLER, "tokenpacker" + MANY_HEADS])
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, *SAEP_OPTIONS, RESAMPLER, "tokenpacker" + MANY_HEADS])
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(type_string, parameter_dtype):
     """LLaVA's bf16 runs without DeepSpeed use autocast, over weights of either dtype."""
@@ -297,7 +348,7 @@ def test_autocast(type_string, parameter_dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in projector.parameters())
 
 
-@pytest.mark.parametrize("type_string", ALL_TYPES)
+@pytest.mark.parametrize("type_string", [*ALL_TYPES, "saep:blocks_before=1,blocks_after=1,gate=softmax"])
 def test_training_converges(type_string):
     """A projector learns a function of what its regions hold."""
     torch.manual_seed(0)
@@ -360,6 +411,103 @@ def test_bad_sizes_are_explained():
         build_projector("saep:stride=4,kernel_size=3")
     with pytest.raises(ProjectorSpecError, match="inner_size=0 must be at least 1"):
         build_projector("saep:inner_size=0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("readout_size=0", "readout_size=0 must be at least 1"),
+        ("blocks_before=-1", "blocks_before=-1 must be 0 or more"),
+        ("blocks_after=-2", "blocks_after=-2 must be 0 or more"),
+        ("blocks_before=2,order=depthwise_first", "blocks_before=2 needs order=pointwise_first; or pass blocks_after"),
+        ("dilations=1+2", r"dilations=1\+2 needs blocks_before or blocks_after"),
+        ("dilations=1+0,blocks_after=1", r"dilations=1\+0 must be at least 1 each"),
+        ("dilations=1+2+3,blocks_after=1,inner_size=2", r"dilations=1\+2\+3 are more than the 2 channels"),
+        ("dilations=2+x,blocks_after=1", r"bad value '2\+x' for option 'dilations'"),
+        ("level_kernel=4", "level_kernel=4 must be an odd number, or 0 for none"),
+        ("level_kernel=-3", "level_kernel=-3 must be an odd number, or 0 for none"),
+        ("gate=sigmoid", "bad value 'sigmoid' for option 'gate'.*valid values are none, softmax"),
+        ("positions=learned", "bad value 'learned' for option 'positions'.*valid values are none, sine"),
+    ],
+)
+def test_bad_options_of_saep_are_explained(options, message):
+    with pytest.raises(ProjectorSpecError, match=message) as caught:
+        build_projector(f"saep:{options}")
+    assert f"'saep:{options}'" in str(caught.value)
+
+
+def test_saep_without_options_is_what_it_was():
+    """Names, order of the random numbers, and so the very weights that a seed gives."""
+    torch.manual_seed(0)
+    projector = build_projector("saep", 16, 8)
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(64, 16),
+        nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16),
+        nn.LayerNorm(16),
+        nn.Linear(16, 8),
+        nn.Linear(8, 8),
+    ]
+    names = ["aggregate", "depthwise", "norm", "readout.0", "readout.2"]
+    expected = {f"{n}.{key}": value for n, layer in zip(names, layers) for key, value in layer.state_dict().items()}
+    state = projector.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_tokenpackers_head_size():
+    """Eight heads of 4 channels are what the option gives, against the reference with that many heads."""
+    torch.manual_seed(0)
+    assert build_projector("tokenpacker", 1024, 8).clip_attn.num_heads == 8
+    projector = randomise(build_projector("tokenpacker:head_size=4", 32, 40))
+    assert projector.clip_attn.num_heads == 8
+    x = features_for(projector)
+    assert relative_error(projector(x), naive_tokenpacker(copy.deepcopy(projector).double(), x)) < 1e-5
+    with pytest.raises(ProjectorSpecError, match="'tokenpacker:head_size=0'.*head_size=0 must be at least 1"):
+        build_projector("tokenpacker:head_size=0")
+    with pytest.raises(ProjectorSpecError, match="bad value 'scale' for option 'init'.*did you mean 'scaled'"):
+        build_projector("tokenpacker:init=scale")
+
+
+@pytest.mark.parametrize(("init", "std"), [("published", 0.02), ("scaled", 0.04)])
+def test_tokenpackers_initial_weights(init, std):
+    """At a quarter of the published width; at that width both are the same numbers."""
+    torch.manual_seed(0)
+    projector = build_projector(f"tokenpacker:init={init}", 256, 128)
+    for layer in (projector.q_proj_1, projector.k_proj_1[0], projector.mlp[2], projector.clip_attn.out_proj):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+    torch.manual_seed(0)
+    wide = build_projector(f"tokenpacker:init={init},layers=23", 1024, 8)
+    torch.manual_seed(0)
+    published = build_projector("tokenpacker:layers=23", 1024, 8)
+    assert all(torch.equal(value, wide.state_dict()[name]) for name, value in published.state_dict().items())
+
+
+def test_the_gate_starts_with_every_level_as_it_is():
+    torch.manual_seed(0)
+    gated, plain = build_projector("saep:gate=softmax", 16, 8), build_projector("saep", 16, 8)
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    x = features_for(plain)
+    torch.testing.assert_close(gated(x), plain(x))
+    randomise(gated.levels)
+    assert relative_error(gated(x), plain(x)) > 0.01
+
+
+def test_dilations_reach_as_far_as_they_say():
+    """A changed patch is seen 1 and 3 patches off, by the channels of either dilation."""
+    block = SeparableBlock(8, dilations=(1, 3)).double()
+    for layer in block.depthwise:
+        nn.init.ones_(layer.weight)
+    seen = []
+    block.pointwise.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    grid = torch.randn(1, 9, 9, 8, dtype=torch.float64)
+    block(grid)
+    grid[0, 4, 4, 0] += 5  # the norm spreads it over the channels
+    block(grid)
+    changed = (seen[1] - seen[0])[0].abs() > 1e-9
+    for channels, step in ((slice(0, 4), 1), (slice(4, 8), 3)):
+        places = {tuple(place) for place in changed[..., channels].any(-1).nonzero().tolist()}
+        assert places == {(4 + i * step, 4 + j * step) for i in (-1, 0, 1) for j in (-1, 0, 1)}
 
 
 @pytest.mark.parametrize("name", [*ALL_TYPES, RESAMPLER])

@@ -20,6 +20,13 @@ OPTIONS = {
     "order": "pointwise_first",
     "shortcut": "average",
     "inner_size": 32,
+    "blocks_before": 0,
+    "blocks_after": 0,
+    "dilations": [1],
+    "level_kernel": 0,
+    "gate": "none",
+    "positions": "none",
+    "readout_size": 80,
 }
 
 
@@ -65,6 +72,12 @@ def config(**settings):
     return SimpleNamespace(**{"mm_projector_type": "saep", "mm_projector_options": OPTIONS, **settings})
 
 
+def test_a_record_that_lacks_newer_options_builds_what_it_built():
+    older = ("stride", "layers", "kernel_size", "order", "shortcut", "inner_size")
+    resolved = registry.resolve("saep", config(mm_projector_options={name: OPTIONS[name] for name in older}))
+    assert list(resolved.build(32, 80).state_dict()) == list(registry.build_projector("saep", 32, 80).state_dict())
+
+
 def test_a_type_string_that_contradicts_the_record_is_an_error():
     assert registry.resolve("saep:kernel_size=5", config()).options["layers"] == (4, 5, 6, 7)
     assert registry.resolve("saep:layers=-5+-4+-3+-2", config()).options["layers"] == (4, 5, 6, 7)
@@ -72,8 +85,8 @@ def test_a_type_string_that_contradicts_the_record_is_an_error():
         registry.resolve("saep:stride=3", config())
     with pytest.raises(ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+5\+6\+7"):
         registry.resolve("saep:layers=3+7", config())
-    newer = config(mm_projector_options={**OPTIONS, "gate": 1})
-    with pytest.raises(ProjectorSpecError, match="mm_projector_options has gate, which this version does not know"):
+    newer = config(mm_projector_options={**OPTIONS, "colour": 1})
+    with pytest.raises(ProjectorSpecError, match="mm_projector_options has colour, which this version does not know"):
         registry.resolve("saep", newer)
 
 

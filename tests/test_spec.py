@@ -65,7 +65,10 @@ def test_parse_and_write_back(type_string, name, options):
         ("saep:stride=two", "bad value 'two' for option 'stride'.*expected one of 2, 3, 4"),
         ("saep:kernel_size=3.5", "bad value '3.5'.*expected a whole number"),
         ("saep:layers=6,12", r"cannot read '12'.*joined by \+, for example layers=6\+12"),
-        ("tokenpacker:stride=3", "'tokenpacker' has scale_factor, layers; did you mean 'scale_factor'"),
+        (
+            "tokenpacker:stride=3",
+            "'tokenpacker' has scale_factor, layers, head_size, init; did you mean 'scale_factor'",
+        ),
         ("saep:scale_factor=3", "did you mean 'stride'"),
         ("saep:layers=6+x", r"bad value '6\+x'.*expected a whole number, or several joined by '\+'"),
         ("saep:order=pointwise", r"did you mean 'pointwise_first'\?"),

@@ -16,6 +16,8 @@ import torch
 from benchmarks.speed.candidates import NAIVE, STOCK, Subject
 from llava_projectors import registry
 from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.convolutions import LevelConvolution
+from llava_projectors.projectors.layers import DepthwiseConv2d
 from llava_projectors.projectors.saep import SAEP
 from llava_projectors.projectors.tokenpacker import TokenPacker
 
@@ -57,17 +59,39 @@ def mlp2x_gelu(num_patches_per_side: int, mm_hidden_size: int, hidden_size: int)
     return linear(patches, mm_hidden_size, hidden_size, input_grad=False) + linear(patches, hidden_size, hidden_size)
 
 
+def depthwise(positions: int, layer: DepthwiseConv2d, *, input_grad: bool = True) -> Flops:
+    """A depthwise convolution that gives so many positions."""
+    forward = 2 * positions * layer.in_channels * layer.kernel_size[0] ** 2
+    return Flops(forward, forward * (1 + input_grad))
+
+
 def saep(model: SAEP, num_patches_per_side: int) -> Flops:
     """One image of a frozen tower."""
-    channels = model.num_levels * model.mm_hidden_size
-    inner, tokens = model.norm.normalized_shape[0], _tokens(model, num_patches_per_side)
-    depthwise = 2 * tokens * model.depthwise.in_channels * model.depthwise.kernel_size[0] ** 2
-    readout = linear(tokens, inner, model.hidden_size) + linear(tokens, model.hidden_size, model.hidden_size)
-    if model.order == "pointwise_first":
-        aggregate = linear(num_patches_per_side**2, channels, inner, input_grad=False) + Flops(0, depthwise)
-    else:
-        aggregate = linear(tokens, channels, inner)
-    return aggregate + Flops(depthwise, depthwise) + readout
+    channels, inner = model.num_levels * model.mm_hidden_size, model.inner_size
+    patches, tokens = num_patches_per_side**2, _tokens(model, num_patches_per_side)
+    pointwise_first = model.order == "pointwise_first"
+    # Features have no gradient; what a learned layer made of them has one.
+    learned = len(model.levels) > 0
+    work = _levels(model, patches)
+    work += linear(patches if pointwise_first else tokens, channels, inner, input_grad=learned or not pointwise_first)
+    work += depthwise(tokens, model.depthwise, input_grad=learned or pointwise_first)
+    for blocks, positions in ((model.before, patches), (model.after, tokens)):
+        work += linear(positions, inner, inner) * len(blocks)
+        for layer in blocks.modules():
+            if isinstance(layer, DepthwiseConv2d):
+                work += depthwise(positions, layer)
+    return work + linear(tokens, inner, model.readout_size) + linear(tokens, model.readout_size, model.hidden_size)
+
+
+def _levels(model: SAEP, patches: int) -> Flops:
+    """What is done to the features before they are aggregated."""
+    work = Flops()
+    for layer in model.levels:
+        if isinstance(layer, LevelConvolution):
+            work += depthwise(patches, layer.depthwise, input_grad=False)
+        else:
+            work += linear(patches, model.num_levels * model.mm_hidden_size, model.num_levels)
+    return work
 
 
 def tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:

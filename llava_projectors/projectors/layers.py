@@ -11,9 +11,9 @@ from torch import nn
 from llava_projectors.projectors.recompute import recomputed, remember
 
 
-def head_count(width: int) -> int:
-    """Attention heads of 128 channels, or wider ones where that does not divide the width."""
-    heads = max(1, width // 128)
+def head_count(width: int, head_size: int = 128) -> int:
+    """Attention heads of `head_size` channels, or wider ones where that does not divide the width."""
+    heads = max(1, width // head_size)
     while width % heads:
         heads -= 1
     return heads
@@ -61,8 +61,8 @@ class DepthwiseConv2d(nn.Conv2d):
     images of 24x24 patches and 1024 channels on two cores.
     """
 
-    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int) -> None:
-        super().__init__(channels, channels, kernel_size, stride=stride, padding=padding, groups=channels)
+    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int, dilation: int = 1) -> None:
+        super().__init__(channels, channels, kernel_size, stride, padding, dilation, groups=channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H', W']."""

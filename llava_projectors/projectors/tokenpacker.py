@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, Literal, Optional
 
 import torch
@@ -26,8 +27,8 @@ class TokenPacker(Projector):
     s x s patches of its region (region-to-point injection); an MLP maps to the LLM width.
 
     The published code fixes four levels of 1024 channels on a 24x24 grid. Here, our choice:
-    embed_dim = mm_hidden_size, embed_dim // 128 heads (rounded down to a divisor, at least one),
-    and any number of levels. Where s does not divide the grid, the border regions attend to the
+    embed_dim = mm_hidden_size, embed_dim // head_size heads (rounded down to a divisor, at least
+    one), and any number of levels. Where s does not divide the grid, the border regions attend to the
     patches they have, and the coarse query repeats the last row and column. Weights of released
     checkpoints load unchanged. On a small controlled task (table "tokenpacker" in
     benchmarks/results/spatial.md) four levels are 1.2 points (0.0 to 2.5) ahead of one.
@@ -38,6 +39,14 @@ class TokenPacker(Projector):
         scale_factor: s, side of the region of patches that becomes one token. LLaVA's config may
             give it (`config.scale_factor`), as released checkpoints do.
         layers: hidden states to aggregate, ascending; default `multi_level_layers`.
+        head_size: channels of an attention head; 128 as published. Towers narrower than 256
+            channels have one head with it.
+        init: standard deviation of the initial weights: `published` is 0.02 for every layer, which
+            was chosen at 1024 channels; `scaled` is 0.02 * sqrt(1024 / mm_hidden_size), so that a
+            narrow tower's signals start as large as theirs.
+
+    Raises:
+        ValueError: a head size below 1.
     """
 
     default_layers = staticmethod(multi_level_layers)
@@ -51,8 +60,12 @@ class TokenPacker(Projector):
         *,
         scale_factor: Literal[2, 3, 4] = 2,
         layers: Optional[tuple[int, ...]] = None,
+        head_size: int = 128,
+        init: Literal["published", "scaled"] = "published",
     ) -> None:
         super().__init__(mm_hidden_size, hidden_size, layers, scale_factor)
+        if head_size < 1:
+            raise ValueError(f"head_size={head_size} must be at least 1")
         embed_dim = mm_hidden_size
         in_channels = self.num_levels * mm_hidden_size
         self.q_proj_1 = nn.Linear(mm_hidden_size, embed_dim, bias=False)
@@ -61,9 +74,10 @@ class TokenPacker(Projector):
         self.ln_q_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_k_1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.ln_v_1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.clip_attn = RegionAttention(embed_dim, head_count(embed_dim))
+        self.clip_attn = RegionAttention(embed_dim, head_count(embed_dim, head_size))
         self.mlp = TwoLayerMLP(embed_dim, hidden_size)
-        self.apply(_init_weights)
+        std = 0.02 if init == "published" else 0.02 * (1024 / mm_hidden_size) ** 0.5
+        self.apply(partial(_init_weights, std=std))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, ceil(H / scale_factor)**2, D], in the dtype of the weights."""
@@ -291,9 +305,9 @@ def downsample_bilinear(grid: torch.Tensor, stride: int) -> torch.Tensor:
     return (total / len(patches)).to(grid.dtype)
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Truncated normal of standard deviation 0.02 and zero biases, as published."""
+def _init_weights(module: nn.Module, std: float) -> None:
+    """Truncated normal and zero biases, as published."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
