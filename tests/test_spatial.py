@@ -1,5 +1,6 @@
 """The spatial study: its ground truth against the pixels, its hidden states against LLaVA's tower, a run end to end."""
 
+import dataclasses
 import os
 import random
 import statistics
@@ -13,11 +14,12 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
-from benchmarks.spatial import language, report, sizes, study, vision
+from benchmarks.spatial import contrastive, language, report, sizes, study, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
@@ -324,6 +326,52 @@ def test_a_real_difference_is_seen():
     results = report.Results(rows_with({"tokenpacker": 0.8, "tokenpacker:layers=7": 0.7}), "tokenpacker")
     _, low, high = results.difference("tokenpacker:layers=7", "tokenpacker", "all")
     assert -0.13 < low < high < -0.07
+
+
+def test_a_tower_from_captions_alone_is_one_that_the_study_takes(tmp_path, monkeypatch, capsys):
+    """The command in two steps: it trains, and what it prints is the probe of the tower that it wrote."""
+    arguments = ["--folder", str(tmp_path), "--steps", "2", "--batch", "4", "--pictures", "16", "8"]
+    monkeypatch.setattr("sys.argv", ["contrastive", *arguments])
+    contrastive.main()
+    loss, header, *rows = capsys.readouterr().out.splitlines()
+    assert loss.startswith("loss ")
+    assert header.split()[2:] == list(WHAT)
+    assert [row.split()[0] for row in rows] == [str(layer) for layer in range(vision.SELECTED + 1)]
+    assert all(0 <= float(value) <= 100 for row in rows for value in row.split()[1:])
+    assert (tmp_path / "vision" / "preprocessor_config.json").exists()
+    contrastive.main()  # once more: the tower is there, and gives the same
+    assert capsys.readouterr().out.splitlines() == [header, *rows]
+
+
+def test_matching_asks_for_the_right_pairs():
+    """A matcher that knows the pictures has no loss, one that takes them for their neighbours has a large one."""
+    scenes = SCENES[:4]
+
+    class Knowing(torch.nn.Module):
+        def forward(self, pixels, held):
+            return 50 * F.normalize(held, dim=-1) @ F.normalize(held.roll(self.shift, 0), dim=-1).T
+
+    matcher, rng = Knowing(), random.Random(0)
+    matcher.shift = 0
+    assert contrastive.loss(matcher, scenes, rng).item() < 0.01
+    matcher.shift = 1
+    assert contrastive.loss(matcher, scenes, rng).item() > 5
+
+
+def test_captions_say_nothing_of_places_and_letters():
+    torch.manual_seed(0)
+    seen = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, pixels, held):
+            seen.append(held)
+            return torch.zeros(len(held), len(held))
+
+    moved = [tuple(dataclasses.replace(t, x=t.x + 1, letter="Z") for t in scene) for scene in SCENES[:3]]
+    for scenes in (SCENES[:3], moved):
+        contrastive.loss(Watching(), scenes, random.Random(0))
+    assert torch.equal(*seen)
+    assert seen[0].sum(-1).tolist() == [len(scene) for scene in SCENES[:3]]
 
 
 def test_the_learning_rates_are_those_that_the_results_show():

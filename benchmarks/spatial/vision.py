@@ -107,8 +107,6 @@ def pretrain(
     Raises:
         TimeIsUp: at the deadline; another call goes on.
     """
-    from transformers import CLIPImageProcessor
-
     torch.manual_seed(0)
     rng = random.Random("vision")
     model = make_model()
@@ -126,6 +124,13 @@ def pretrain(
         description="vision model",
         pause=Pause(folder.with_suffix(".unfinished"), rng, deadline),
     )
+    save(model, folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a checkpoint that LLaVA's tower loads, with its image processor."""
+    from transformers import CLIPImageProcessor
+
     model.save_pretrained(folder)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     mean, deviation = [0.5] * 3, [64 / 255] * 3
