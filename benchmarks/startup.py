@@ -1,7 +1,7 @@
 """What the start-up file costs an interpreter that never imports LLaVA.
 
 Installs the wheel in a virtual environment of its own and starts `python -c pass` with the file
-and without it, in turn. Writes one row a run to a CSV and prints the medians.
+and without it, in turn. Writes one row per run to a CSV and prints the medians.
 
     python -m benchmarks.startup [--runs 30] [--csv benchmarks/results/startup.csv]
 """

@@ -3,7 +3,7 @@
     python benchmarks/variants.py [--device cpu] [--csv benchmarks/results/variants-cpu.csv]
 
 patches   keys and values projected patch by patch, then torch's fused attention over the regions
-regions   keys and values projected once a region, around the softmax: what was kept
+regions   keys and values projected once per region, around the softmax: what was kept
 products  keys and values projected patch by patch, elementwise products of views, no copy of a region
 shared    as patches, and the first layers of keys and values as one matrix product
 """

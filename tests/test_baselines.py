@@ -284,7 +284,7 @@ def test_through_llavas_own_scripts(tiny, can_train, type_string, tokens):
 
     name = type_string.partition(":")[0]
     adapter, output = tiny.pretrain(f"{name}-pretrain", type_string)
-    assert f"{type_string}: 144 -> {tokens} visual tokens an image" in output
+    assert f"{type_string}: 144 -> {tokens} visual tokens per image" in output
     checkpoint, _ = tiny.finetune(name, type_string, adapter / "mm_projector.bin")
     for folder in (adapter, checkpoint):
         assert all(0 < value < 20 for value in train.losses(folder))

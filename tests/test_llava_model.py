@@ -119,7 +119,7 @@ def test_one_line_says_what_was_built(build_model, messages):
     model = build_model("tokenpacker:scale_factor=3")
     parameters = sum(p.numel() for p in model.get_model().mm_projector.parameters())
     assert messages == [
-        "tokenpacker:scale_factor=3: 576 -> 64 visual tokens an image (24x24 -> 8x8), "
+        "tokenpacker:scale_factor=3: 576 -> 64 visual tokens per image (24x24 -> 8x8), "
         f"hidden states 4+5+6+7, {parameters / 1e6:.2f}M parameters"
     ]
 

@@ -49,7 +49,7 @@ def test_training_learns(trained, projector_type):
         assert (curve > 0.0).all()  # LLaVA's loss is exactly 0.0 when it has masked every label
     assert curve[-5:].mean() < curve[0] / 2
     assert "tokenization mismatch" not in run.output
-    assert run.output.count(f"llava_projectors: {projector_type}: 144 -> 36 visual tokens an image") == 2
+    assert run.output.count(f"llava_projectors: {projector_type}: 144 -> 36 visual tokens per image") == 2
 
 
 @pytest.mark.parametrize("projector_type", OURS)
@@ -154,7 +154,7 @@ def test_a_type_of_another_distribution_trains(tiny, installed_distribution):
         """
     path = installed_distribution("corner", "corner", source, "corner = corner")
     folder, output = tiny.pretrain("corner", "corner:stride=6", {"PYTHONPATH": str(path)})
-    assert "llava_projectors: corner:stride=6: 144 -> 4 visual tokens an image (12x12 -> 2x2)" in output
+    assert "llava_projectors: corner:stride=6: 144 -> 4 visual tokens per image (12x12 -> 2x2)" in output
     saved = torch.load(folder / "mm_projector.bin", weights_only=True)
     assert set(saved) == {"model.mm_projector.to_llm.weight", "model.mm_projector.to_llm.bias"}
 
@@ -187,7 +187,7 @@ def test_a_grid_that_the_stride_does_not_divide_trains(tiny, tmp_path):
 
     tower = make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70)
     folder, output = tiny.pretrain("padded", "tokenpacker", vision_tower=tower)
-    assert "tokenpacker: 25 -> 9 visual tokens an image (5x5 -> 3x3)" in output
+    assert "tokenpacker: 25 -> 9 visual tokens per image (5x5 -> 3x3)" in output
     assert all(0.0 < value < 20 for value in losses(folder))
 
 

@@ -137,7 +137,7 @@ def test_bad_settings_are_explained_before_weights_are_read(towers, monkeypatch,
 
 
 def test_a_grid_that_the_stride_does_not_divide(towers, tmp_path):
-    """A partial region counts as a whole one: 5 patches with stride 2 give 3 tokens a side."""
+    """A partial region counts as a whole one: 5 patches with stride 2 give 3 tokens per side."""
     from llava_projectors.tiny.assets import make_vision_tower
 
     small = str(make_vision_tower(tmp_path / "clip", num_layers=8, image_size=70))

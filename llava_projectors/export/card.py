@@ -15,7 +15,7 @@ tags: [llava, llava-projectors]
 # {name}
 
 LLaVA with the projector `{type_string}` of [llava-projectors](https://pypi.org/project/llava-projectors/): \
-{tokens} visual tokens a picture instead of {patches}.
+{tokens} visual tokens per picture instead of {patches}.
 
 | | |
 |---|---|

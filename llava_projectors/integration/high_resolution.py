@@ -2,7 +2,7 @@
 
 The image processor cuts (`image_processor.py`); LLaVA carries each picture as one canvas. Where LLaVA
 would join the pictures of a batch, `CanvasBatch` takes their place, which LLaVA hands on untouched to
-`encode_images`; that returns one tensor a picture, of its own length, as LLaVA's own high resolution does.
+`encode_images`; that returns one tensor per picture, of its own length, as LLaVA's own high resolution does.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def separators_of(config: Any) -> Sequence[int]:
 
 
 def warn_of_length(model: Any, found: Sequence[slicing.Grid], tokens_of_tile: int) -> None:
-    """Once a model, say when a picture alone is longer than what LLaVA keeps of a sequence."""
+    """Once per model, say when a picture alone is longer than what LLaVA keeps of a sequence."""
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     longest = max(found, key=slicing.tile_count)
     length, tower = slicing.visual_tokens(longest, tokens_of_tile), find_tower(model)

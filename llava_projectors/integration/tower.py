@@ -106,7 +106,7 @@ class ReducedTower(nn.Module):
         )
 
     def describe(self) -> str:
-        """`576 -> 144 visual tokens an image (24x24 -> 12x12), hidden states 12+16+22+23`."""
+        """`576 -> 144 visual tokens per image (24x24 -> 12x12), hidden states 12+16+22+23`."""
         layers = (
             f"hidden states {format_value(self.projector_layers)}"
             if self.projector_layers
@@ -116,7 +116,7 @@ class ReducedTower(nn.Module):
         if side is None:
             return f"the tower's grid is known after its first forward, {layers}"
         after = self.num_patches_per_side
-        return f"{side**2} -> {after**2} visual tokens an image ({side}x{side} -> {after}x{after}), {layers}"
+        return f"{side**2} -> {after**2} visual tokens per image ({side}x{side} -> {after}x{after}), {layers}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.

@@ -22,7 +22,7 @@ from llava_projectors.projectors.registration import register_projector
 class TokenPacker(Projector):
     """TokenPacker, arXiv 2407.02392, sections 3.1 and 3.2; names and shapes as published.
 
-    The selected hidden state, downsampled bilinearly, gives one low-resolution query a region;
+    The selected hidden state, downsampled bilinearly, gives one low-resolution query per region;
     keys and values come from all levels at full resolution; each query attends only to the
     s x s patches of its region (region-to-point injection); an MLP maps to the LLM width.
 
@@ -90,7 +90,7 @@ class TokenPacker(Projector):
         return self.mlp(out.flatten(1, 2))
 
     def point_queries(self, grid: torch.Tensor) -> torch.Tensor:
-        """One a region, from the selected hidden state: [B, H, W, L*C] -> [B, h, w, E]."""
+        """One per region, from the selected hidden state: [B, H, W, L*C] -> [B, h, w, E]."""
         return self.ln_q_1(self.q_proj_1(downsample_bilinear(grid[..., -self.mm_hidden_size :], self.stride)))
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class TokenPacker(Projector):
 
 
 class RegionAttention(nn.Module):
-    """Multi-head attention of one query a region over the patches of that region.
+    """Multi-head attention of one query per region over the patches of that region.
 
     Parameters are named and laid out as in `nn.MultiheadAttention`, and are touched only inside
     this forward: under ZeRO-3 they are empty anywhere else. `out_proj` is called, never read,
@@ -166,7 +166,7 @@ def _attend(
     patches: Optional[torch.Tensor],
     stride: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with the projections of keys and values done once a region instead of once a patch.
+    """Attention with the projections of keys and values done once per region instead of once per patch.
 
     q . (W_k x) = (W_k^T q) . x, and the weighted sum of W_v x is W_v of the weighted sum.
 
@@ -222,7 +222,7 @@ def _mix(weights: torch.Tensor, value: torch.Tensor, v_weight: torch.Tensor, str
 class _Score(torch.autograd.Function):
     """`_score`, keeping only its arguments for the backward pass.
 
-    Autograd would also keep the regrouped keys and n*E numbers a region; here they are made again.
+    Autograd would also keep the regrouped keys and n*E numbers per region; here they are made again.
     """
 
     @staticmethod

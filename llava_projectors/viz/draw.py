@@ -15,7 +15,7 @@ OUTLINE = "#0060ff"
 
 
 def draw(view: View) -> Any:
-    """A matplotlib figure: the picture, then one panel a token, all maps on one scale."""
+    """A matplotlib figure: the picture, then one panel per token, all maps on one scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure

@@ -57,7 +57,7 @@ def _pack(maps: torch.Tensor) -> tuple[list[Box], bytes]:
 
 
 def _mosaic(view: View) -> Image.Image:
-    """One pixel a token, its region's mean colour; grey where tokens have no place. Tiles lie as in the picture."""
+    """One pixel per token, its region's mean colour; grey where tokens have no place. Tiles lie as in the picture."""
     width, height = (length // view.edge * view.columns for length in view.picture.size)
     mosaic = Image.new("RGB", (width, height), "white")
     patch = view.edge / view.side

@@ -178,7 +178,7 @@ def test_the_card_says_what_it_is(trained, tmp_path):
     export_checkpoint(str(trained("tokenpacker").checkpoint), tmp_path / "packed")
     card = (tmp_path / "packed" / "README.md").read_text()
     for part in (
-        "`tokenpacker`", "36 visual tokens a picture instead of 144", "4, 5, 6, 7 of 8", "scale_factor=2", "licence",
+        "`tokenpacker`", "36 visual tokens per picture instead of 144", "4, 5, 6, 7 of 8", "scale_factor=2", "licence",
         "vllm serve packed --trust-remote-code --chat-template packed/chat_template_vllm.jinja",
         f"llava-projectors {llava_projectors.__version__}", "vicuna_v1",
     ):  # fmt: skip

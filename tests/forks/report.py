@@ -31,7 +31,7 @@ settings than these says so below; so does one whose usual tower was not tried.
 
 
 def write_table(results, table):
-    """One line a fork, then the reasons."""
+    """One line per fork, then the reasons."""
     found = [json.loads(p.read_text()) for r in ROWS for p in [results / f"{r.folder}.json"] if p.is_file()]
     lines = [
         INTRODUCTION.format(type=USUAL_TYPE),
