@@ -115,7 +115,7 @@ def questions(images):
 def main(root, types):
     root.mkdir(parents=True, exist_ok=True)
     data = assets.make_dataset(root / "data", num_scenes=6)
-    assets.make_vision_tower(root / "clip")
+    assets.make_vision_tower(root / "clip", patch_size=28)
     assets.make_llm(root / "vicuna", hidden_size=64, head_width=32)
     (root / "corner.py").write_text(CORNER)
     sys.path.insert(0, str(root))
