@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import pytest
@@ -181,3 +182,11 @@ def test_a_kernel_larger_than_the_grid_is_refused():
     with pytest.raises(lp.ProjectorSpecError, match="kernel_size=99 is larger than 24, the side of the patch grid"):
         registry.resolve("saep:kernel_size=99").output_side(24)
     assert registry.resolve("saep:kernel_size=23").output_side(24) == 12
+
+
+@pytest.mark.parametrize("type_string", ["saep", "saep:stride=3", "saep:stride=4"])
+def test_a_default_kernel_stands_in_a_checkpoints_config_on_small_grids_too(type_string):
+    resolved = registry.resolve(type_string)
+    kernel_size = resolved.build(8, 16).kernel_size
+    written = SimpleNamespace(mm_projector_options={**resolved.options, "kernel_size": kernel_size})
+    assert registry.resolve(type_string, written).output_side(4) == resolved.output_side(4)

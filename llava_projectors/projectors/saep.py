@@ -91,7 +91,7 @@ class SAEP(Projector):
     ) -> None:
         super().__init__(mm_hidden_size, hidden_size, layers, stride)
         if kernel_size is None:
-            kernel_size = stride + 2 + (stride + 1) % 2
+            kernel_size = default_kernel_size(stride)
         if kernel_size < stride:
             raise ValueError(f"kernel_size={kernel_size} leaves patches out: it must be at least stride={stride}")
         self.kernel_size = kernel_size
@@ -130,9 +130,12 @@ class SAEP(Projector):
 
     @classmethod
     def output_side(cls, side: int, options: Mapping[str, Any]) -> int:
-        """As every projector's; a kernel larger than the patch grid is an error too."""
+        """As every projector's; a kernel larger than the patch grid is an error too.
+
+        The default for a stride never is: a checkpoint's config gives it as a number.
+        """
         kernel_size = options.get("kernel_size")
-        if kernel_size is not None and kernel_size > side:
+        if kernel_size not in (None, default_kernel_size(options["stride"])) and kernel_size > side:
             raise ValueError(f"kernel_size={kernel_size} is larger than {side}, the side of the patch grid")
         return super().output_side(side, options)
 
@@ -160,3 +163,8 @@ def _blocks(name: str, count: int, channels: int, dilations: tuple[int, ...]) ->
     if count < 0:
         raise ValueError(f"{name}={count} must be 0 or more")
     return nn.Sequential(*(SeparableBlock(channels, dilations) for _ in range(count)))
+
+
+def default_kernel_size(stride: int) -> int:
+    """The smallest odd number from stride + 2: 5, 5, 7 for stride 2, 3, 4."""
+    return stride + 2 + (stride + 1) % 2
