@@ -23,13 +23,20 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 # For forks: a folder of checkouts, named as in tests/forks/table.py. Packages go to .forks, 1 GB or so.
 FORKS ?= ../forks
 
-.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks clean
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadgroup
+# For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
+SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
+
+.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks smoke clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+smoke: $(STAMP)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(SMOKE_TESTS)
 
 test-transformers:
 	$(MAKE) VENV=.venv-transformers-$(TRANSFORMERS) TRANSFORMERS=$(TRANSFORMERS) run-on-transformers
