@@ -237,6 +237,9 @@ def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo, or say what to install for it."""
     try:
         from llava_projectors.demo import demo
+        from llava_projectors.tiny.assets import photographs
+
+        photographs()
     except ImportError as error:
         return lacks_package("the demo", "demo", error)
     return demo(arguments.output, arguments.steps)

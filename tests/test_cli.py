@@ -105,7 +105,7 @@ def test_help_and_bad_usage():
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("sklearn", "comes with scikit-learn"), ("transformers", "No module named 'transformers'")],
+    [("sklearn", "the photographs come with scikit-learn"), ("transformers", "No module named 'transformers'")],
 )
 def test_demo_says_what_to_install(tmp_path, missing, message):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")

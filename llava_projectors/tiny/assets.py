@@ -129,7 +129,8 @@ def make_images(folder: Path, num_scenes: int = 6) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = dict(PHOTOGRAPHS)
     for name in PHOTOGRAPHS:
-        _photograph(name).save(folder / name)
+        with Image.open(photographs() / name) as image:
+            image.convert("RGB").save(folder / name)
     for number, (scene, caption) in enumerate(random.Random(0).sample(_all_scenes(), num_scenes)):
         name = f"scene{number}.png"
         draw_scene(*scene).save(folder / name)
@@ -137,13 +138,16 @@ def make_images(folder: Path, num_scenes: int = 6) -> dict[str, str]:
     return captions
 
 
-def _photograph(name: str) -> Image.Image:
-    """A file of scikit-learn, which is not imported for it: that takes a second, and SciPy."""
+def photographs() -> Path:
+    """Folder of the photographs of scikit-learn, which is not imported for it: that takes a second, and SciPy.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the photograph {name} comes with scikit-learn: pip install scikit-learn")
-    with Image.open(Path(spec.submodule_search_locations[0]) / "datasets" / "images" / name) as image:
-        return image.convert("RGB")
+        raise ImportError("the photographs come with scikit-learn: pip install scikit-learn")
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "images"
 
 
 def conversation(image: str | None, question: str, answer: str) -> dict[str, Any]:
