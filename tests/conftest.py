@@ -33,14 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WOR
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The tests of a file run in one process, because they share what its fixtures made; `alone` lifts that."""
-    for item in items:
-        if item.get_closest_marker("alone") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_configure():
     if DEVICE not in ("cpu", "cuda"):
         raise pytest.UsageError(f"LLAVA_PROJECTORS_TEST_DEVICE={DEVICE} must be cpu or cuda")

@@ -265,7 +265,6 @@ def test_bad_options_are_explained(type_string, message):
         build_projector(type_string)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("type_string", "tokens"),
     [

@@ -15,7 +15,6 @@ from torch import nn
 
 from llava_projectors.integration import doctor, tower, trial
 
-pytestmark = pytest.mark.alone
 LLAVA = Path(llava.__file__).parent
 ARCH, TOWERS, PROJECTORS = (
     f"model/{name}.py" for name in ("llava_arch", "multimodal_encoder/builder", "multimodal_projector/builder")
