@@ -53,7 +53,8 @@ CALL = "image_features = self.get_model().mm_projector(image_features)"
 
 
 def test_llava_itself():
-    out = say()
+    out = say("--type", "saep:stride=2")
+    assert out.endswith("All is well: pass --mm_projector_type saep:stride=2 to LLaVA's scripts.\n")
     assert "armed in a fresh interpreter" in out
     assert "1.2.2.post1" in out
     assert "works        LlavaLlamaForCausalLM    576 -> 144 visual tokens at the first layer of its LLM" in out

@@ -58,6 +58,7 @@ class Diagnosis:
     """Everything that `doctor` reports.
 
     Attributes:
+        type_string: the projector that the packages were tried with.
         python: path of the interpreter that was examined.
         armed: whether a fresh interpreter of this environment has the hook.
         versions: of the libraries around, None where one is not installed.
@@ -66,6 +67,7 @@ class Diagnosis:
         problems: what concerns no single package.
     """
 
+    type_string: str
     python: str
     armed: bool
     versions: dict[str, Optional[str]]
@@ -108,7 +110,7 @@ def diagnose(
     versions = {name: _version(name) for name in LIBRARIES}
     untested = untested_versions({**versions, "python": "{}.{}".format(*sys.version_info)})
     diagnoses = [_diagnose_package(p, type_string, arguments or {}, untested) for p in packages]
-    return Diagnosis(sys.executable, armed, versions, untested, diagnoses, problems)
+    return Diagnosis(type_string, sys.executable, armed, versions, untested, diagnoses, problems)
 
 
 def untested_versions(versions: Mapping[str, Optional[str]]) -> list[str]:
@@ -249,4 +251,4 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
     for package in diagnosis.packages:
         print(f"{package.package}: {package.verdict}: {package.reason}")
     if diagnosis.verdict == WORKS:
-        print("All is well: pass --mm_projector_type saep (or tokenpacker) to LLaVA's scripts.")
+        print(f"All is well: pass --mm_projector_type {diagnosis.type_string} to LLaVA's scripts.")
