@@ -27,10 +27,13 @@ else:  # among several cards, the trainer would split batches
 
 from llava_projectors.tiny import assets, train  # noqa: E402
 
-# Tests that run side by side share the cores.
+# Tests that run side by side share the cores: with more threads than cores, torch takes several times as long. The
+# process that starts the others comes here first, and hands them its own number.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+SHARE = max(1, (os.cpu_count() or 1) // WORKERS)
+THREADS = min(SHARE, int(os.environ.get("OMP_NUM_THREADS", SHARE)))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 
 def pytest_configure():
