@@ -35,20 +35,16 @@ class SeamFinder:
 
     def __init__(self) -> None:
         self.packages: tuple[str, ...] = ()
-        self._prefixes: tuple[str, ...] = ()
-
-    def set_packages(self, packages: tuple[str, ...]) -> None:
-        """Watch for these packages and no others."""
-        self.packages = packages
-        self._prefixes = tuple(f"{package}." for package in packages)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that another finder has, with a patching loader, for modules of the packages; else None."""
-        if not (fullname.startswith(self._prefixes) or fullname == TRANSFORMERS_LLAVA):
-            return None
-        package = next((p for p in self.packages if fullname.startswith(f"{p}.")), "transformers")
+        package = next((p for p in self.packages if fullname.startswith(f"{p}.")), None)
+        if package is None:
+            if fullname != TRANSFORMERS_LLAVA:
+                return None
+            package = "transformers"
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -111,7 +107,7 @@ def armed_packages() -> tuple[str, ...]:
 def arm(package: str) -> None:
     """Patch `package` as it is imported. Does nothing when it is armed already."""
     if package not in _finder.packages:
-        _finder.set_packages((*_finder.packages, package))
+        _finder.packages = (*_finder.packages, package)
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
 
@@ -172,16 +168,16 @@ def patch(package: str = "llava") -> list[SeamReport]:
 def unpatch(package: str = "llava") -> None:
     """Give every patched attribute of `package` its original object back and disarm the hook for it.
 
-    Models that were built before keep working with the projector they have.
+    Models that were built before keep working with the projector they have. The finder stays on the
+    meta path and lets everything pass: to take it out would shift the finders behind it, of which an
+    import in another thread may then miss one.
 
     Example:
         >>> import llava_projectors
         >>> llava_projectors.unpatch("llava")
         >>> _ = llava_projectors.patch("llava")
     """
-    _finder.set_packages(tuple(p for p in _finder.packages if p != package))
-    if not _finder.packages and _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
+    _finder.packages = tuple(p for p in _finder.packages if p != package)
     if "llava_projectors.integration.seams" in sys.modules:
         from llava_projectors.integration import seams
 

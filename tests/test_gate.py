@@ -17,7 +17,7 @@ failed = []
 def run(script, delay):
     time.sleep(delay)
     try:
-        exec(script, {})
+        exec(script, {"failed": failed})
     except BaseException as error:
         failed.append(f"{script}: {error!r}")
 
@@ -58,7 +58,7 @@ for _ in range(20):
 # LLaVA itself cannot be entered by two threads at different places, so this one waits until it is imported.
 RELOAD = """
 import importlib, sys, time
-while not hasattr(sys.modules.get("llava.model.builder"), "load_pretrained_model"):
+while not failed and not hasattr(sys.modules.get("llava.model.builder"), "load_pretrained_model"):
     time.sleep(0.01)
 from llava.model.multimodal_encoder import builder as towers
 from llava.model.multimodal_projector import builder as projectors
@@ -71,6 +71,26 @@ for _ in range(20):
 def test_twenty_rounds_of_importing_patching_and_unpatching_in_threads():
     threads = [("import llava.model.builder", 0), (RELOAD, 0), (PATCH_AND_UNPATCH, 0), (PATCH_AND_UNPATCH, 0.1)]
     assert in_threads(*threads, before="import sys, torch, transformers; sys.setswitchinterval(1e-5)") == "done"
+
+
+def test_an_import_that_is_under_way_misses_no_finder():
+    """Python goes through the meta path by index: whoever leaves it lets the import skip the one that follows."""
+    script = """
+import importlib.machinery, sys
+import llava_projectors
+
+class Unpatching:
+    @staticmethod
+    def find_spec(*_):
+        llava_projectors.unpatch()
+
+llava_projectors.patch()
+sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder), Unpatching)
+import colorsys
+print("found")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
+    assert done.stdout == "found\n", done.stderr
 
 
 FORK = {
