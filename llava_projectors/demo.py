@@ -155,7 +155,8 @@ def demo(output: Path, steps: int) -> int:
     transformers.logging.set_verbosity_error()  # the loader lists every key of the vision tower
 
     def say(message: str) -> None:
-        print(f"[{time.monotonic() - started:4.0f} s] {message}", flush=True)
+        # One write a line: several threads say something.
+        print(f"[{time.monotonic() - started:4.0f} s] {message}\n", end="", flush=True)
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_workers()} types at a time"
     say(f"tiny CLIP, LLM and data in {output} ({where})")
@@ -167,7 +168,7 @@ def demo(output: Path, steps: int) -> int:
     for name, finished in runs.items():
         try:
             checkpoint = finished.result()
-        except TrainingFailed as failure:
+        except (TrainingFailed, ValueError) as failure:
             say(f"{name} failed: {failure}")
             return 1
         say(f"{name}: load_pretrained_model, generate")

@@ -17,7 +17,7 @@ def cells(notebook):
 def test_a_notebook_runs(path, tmp_path, can_generate, can_train):
     notebook = nbformat.read(path, as_version=4)
     committed = [[output.output_type for output in cell.outputs] for cell in cells(notebook)]
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     produced = [[output.output_type for output in cell.outputs] for cell in cells(notebook)]
     assert [sorted(set(kinds)) for kinds in produced] == [sorted(set(kinds)) for kinds in committed]
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from llava_projectors import ProjectorSpecError
 from llava_projectors.demo import ask
 from llava_projectors.integration.weights import ProjectorWeightsError
-from llava_projectors.tiny.train import TrainingFailed, losses
+from llava_projectors.tiny.train import TrainingFailed, losses, training_command
 
 OURS = ("saep", "tokenpacker")
 
@@ -133,6 +134,14 @@ def test_without_the_plugin_our_types_are_unknown(tiny):
     """So the tests above cannot pass by accident."""
     with pytest.raises(TrainingFailed, match="Unknown projector type: saep"):
         tiny.pretrain("disabled", "saep", {"LLAVA_PROJECTORS_DISABLE": "1"})
+
+
+def test_no_folder_makes_an_mpt_of_the_llm(tmp_path):
+    """As a random name of `tempfile` did: /tmp/tmpt8a1mkfq."""
+    script = importlib.metadata.distribution("llava-torch").locate_file("llava/train/train.py")
+    assert "if 'mpt' in model_args.model_name_or_path" in Path(script).read_text()
+    with pytest.raises(ValueError, match="takes /tmp/prompts/vicuna for an MPT"):
+        training_command(tmp_path, Path("/tmp/prompts/vicuna"), tmp_path, "saep")
 
 
 def test_a_type_of_another_distribution_trains(tiny, installed_distribution):

@@ -11,9 +11,18 @@ from typing import Any
 
 
 def training_command(output: Path, llm: Path, tower: Path, projector_type: str, **arguments: Any) -> list[str]:
-    """`python -m llava.train.train ...` for small runs; `arguments` add to and override the defaults."""
+    """`python -m llava.train.train ...` for small runs; `arguments` add to and override the defaults.
+
+    Raises:
+        ValueError: LLaVA would take the LLM for another kind, by the name of a folder above it.
+    """
     import torch
 
+    if "mpt" in str(llm):
+        raise ValueError(
+            f"LLaVA's script takes {llm} for an MPT, because its path contains 'mpt' (as in 'prompt'): "
+            "choose another folder"
+        )
     options: dict[str, Any] = {
         "model_name_or_path": llm,
         "vision_tower": tower,
