@@ -6,7 +6,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
-from benchmarks.spatial import contrastive, language, report, sizes, study, vision
+from benchmarks.spatial import contrastive, language, report, scenes, sizes, study, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
@@ -192,37 +191,48 @@ def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
     assert not list(LookingTower(split, layers, model).parameters())
 
 
-def test_the_large_study_runs():
-    """Its sizes are read when it is imported, so in a process of its own: one step of a run, and one question."""
-    code = """
-        import torch
+@pytest.mark.parametrize(("name", "pictures", "tokens"), [("medium", 6000, 324), ("large", 60000, 576)])
+def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
+    """Sizes are read at the import, so in a process of its own: the tower, one step of a run, and one question."""
+    code = f"""
         from pathlib import Path
-        from benchmarks.spatial import language, store, study, train
-        from benchmarks.spatial.sizes import SIZES
-        assert study.FULL.name == "large" and study.FULL.pictures[0] == ("train", 60000)
-        assert study.visual_tokens(study.STOCK) == 576
-        study.vision.make_model().save_pretrained("vision")
         import transformers
-        transformers.CLIPImageProcessor().save_pretrained("vision")
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained("language")
-        here = Path(".")
+        from benchmarks.spatial import language, store, study, train
+        assert study.FULL.name == {name!r} and study.FULL.pictures[0] == ("train", {pictures})
+        assert study.visual_tokens(study.STOCK) == {tokens}
+        here = Path("models")
+        here.mkdir()
+        study.pretrain_vision(study.QUICK, here)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained(
+            here / "language"
+        )
         seen, asked = store.Split("train", 2, here), store.Split("test", 1, here)
         found = train.run("saep", 0, here / "vision", here / "language", seen, asked, (1, 1), 2, (1e-3, 1e-3))
         assert all(0 < loss < 20 for loss in found.losses), found
         assert sum(map(len, found.correct.values())) >= 5
-        print("done")
     """
-    # Relative paths are in a folder of its own.
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            cwd=folder,
-            env={**os.environ, sizes.VARIABLE: "large", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.stdout.endswith("done\n"), done.stderr[-2000:]
+    environment = {sizes.VARIABLE: name, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # What captions have been matched with is no longer the tower that learned from labels.
+    assert (tmp_path / "models" / "labelled").exists() == (name == "medium")
+
+
+def test_a_photograph_can_be_the_background(monkeypatch):
+    """No two pictures have the same part of it, and the objects are on top."""
+    monkeypatch.setattr(scenes, "SIZES", dataclasses.replace(sizes.SIZES, has_photographs=True))
+    images = [numpy.array(draw(SCENES[0], random.Random(seed))).astype(int) for seed in range(4)]
+    covered = sum(pixels_of(images[0], thing).sum() for thing in SCENES[0])
+    for image in images[1:]:
+        same = (image == images[0]).all(-1)
+        assert covered <= same.sum() < 0.5 * same.size
 
 
 def test_hidden_states_are_those_of_llavas_tower(quick):
@@ -328,28 +338,13 @@ def test_a_real_difference_is_seen():
     assert -0.13 < low < high < -0.07
 
 
-def test_a_tower_from_captions_alone_is_one_that_the_study_takes(tmp_path, monkeypatch, capsys):
-    """The command in two steps: it trains, and what it prints is the probe of the tower that it wrote."""
-    arguments = ["--folder", str(tmp_path), "--steps", "2", "--batch", "4", "--pictures", "16", "8"]
-    monkeypatch.setattr("sys.argv", ["contrastive", *arguments])
-    contrastive.main()
-    loss, header, *rows = capsys.readouterr().out.splitlines()
-    assert loss.startswith("loss ")
-    assert header.split()[2:] == list(WHAT)
-    assert [row.split()[0] for row in rows] == [str(layer) for layer in range(vision.SELECTED + 1)]
-    assert all(0 <= float(value) <= 100 for row in rows for value in row.split()[1:])
-    assert (tmp_path / "vision" / "preprocessor_config.json").exists()
-    contrastive.main()  # once more: the tower is there, and gives the same
-    assert capsys.readouterr().out.splitlines() == [header, *rows]
-
-
 def test_matching_asks_for_the_right_pairs():
     """A matcher that knows the pictures has no loss, one that takes them for their neighbours has a large one."""
     scenes = SCENES[:4]
 
     class Knowing(torch.nn.Module):
-        def forward(self, pixels, held):
-            return 50 * F.normalize(held, dim=-1) @ F.normalize(held.roll(self.shift, 0), dim=-1).T
+        def forward(self, pixels, named):
+            return 50 * F.normalize(named, dim=-1) @ F.normalize(named.roll(self.shift, 0), dim=-1).T
 
     matcher, rng = Knowing(), random.Random(0)
     matcher.shift = 0
@@ -358,20 +353,22 @@ def test_matching_asks_for_the_right_pairs():
     assert contrastive.loss(matcher, scenes, rng).item() > 5
 
 
-def test_captions_say_nothing_of_places_and_letters():
-    torch.manual_seed(0)
-    seen = []
+def test_captions_name_letters_and_no_places():
+    scene = SCENES[0]
+    moved = tuple(dataclasses.replace(thing, x=thing.x + 1) for thing in scene)
+    other = (dataclasses.replace(scene[0], letter="Z" if scene[0].letter != "Z" else "A"), *scene[1:])
+    named = contrastive.names(scene)
+    assert named.sum() == len(scene)
+    assert torch.equal(contrastive.names(moved), named)
+    assert (contrastive.names(other) - named).abs().sum() == 2
 
-    class Watching(torch.nn.Module):
-        def forward(self, pixels, held):
-            seen.append(held)
-            return torch.zeros(len(held), len(held))
 
-    moved = [tuple(dataclasses.replace(t, x=t.x + 1, letter="Z") for t in scene) for scene in SCENES[:3]]
-    for scenes in (SCENES[:3], moved):
-        contrastive.loss(Watching(), scenes, random.Random(0))
-    assert torch.equal(*seen)
-    assert seen[0].sum(-1).tolist() == [len(scene) for scene in SCENES[:3]]
+def test_every_picture_has_one_that_differs_in_letters_and_places_alone():
+    scenes = contrastive.make_scenes(random.Random(0), 20)
+    for first, second in zip(scenes[:10], scenes[10:]):
+        assert [thing.name for thing in first] == [thing.name for thing in second]
+        assert first != second
+    assert len({tuple(thing.name for thing in scene) for scene in scenes}) == 10
 
 
 def test_the_learning_rates_are_those_that_the_results_show():

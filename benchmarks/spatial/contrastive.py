@@ -1,22 +1,17 @@
-"""`python -m benchmarks.spatial.contrastive`: a vision tower trained as CLIP is, and what its hidden states know.
+"""The second half of the vision tower's training, as CLIP is trained: which caption belongs to which picture?
 
-The study's own tower is told half-way up where everything is, and its top layers still know it, so
-features of several layers have nothing to win there. Nobody tells CLIP: it is only asked which
-caption of a batch belongs to which picture (arXiv 2103.00020, section 2.3). So is this one; a caption
-names the kinds of objects, neither their places nor their letters.
-
-The tower is written to FOLDER/vision, where `python -m benchmarks.spatial --folder FOLDER` takes it
-instead of training its own.
+After its training with labels, the top of the tower still knows where everything is, so features of
+several layers have nothing to win there. Nobody asks CLIP for places: it only has to find the
+caption of a picture among those of a batch (arXiv 2103.00020, section 2.3). So does this tower
+from now on, and what that does not need is lost, as `probe` shows. A caption names the objects and
+their letters, not their places. Half of the pictures have the kinds of another one, with other
+letters and in other places, or nobody would read letters.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import random
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,106 +20,83 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.spatial import vision
-from benchmarks.spatial.optimize import Pause, TimeIsUp, minimize
-from benchmarks.spatial.probe import WHAT, probe
-from benchmarks.spatial.scenes import KINDS, Scene, draw, make_scene
-from benchmarks.spatial.store import Split
-from benchmarks.speed.run import choose_device
+from benchmarks.spatial.optimize import Pause, minimize
+from benchmarks.spatial.scenes import GLYPHS, KINDS, Scene, draw, make_scene
 
 EMBEDDING_SIZE = 64
-# The first temperature of CLIP, 0.07, as the logarithm of its inverse.
-LOG_SCALE = 2.66
+# The first temperature of CLIP, 0.07, as the logarithm of its inverse, and its largest, 100.
+LOG_SCALE, MAX_LOG_SCALE = 2.66, 4.6
 
 
 class Matcher(nn.Module):
     """Cosines of pictures and captions, scaled: [B, B], a row a picture.
 
-    A caption is a set of kinds, so its encoder is the mean of an embedding of each.
+    A caption is a set of names, so its encoder is the mean of an embedding of each.
     """
 
     def __init__(self, tower: Any) -> None:
         super().__init__()
         self.tower = tower
         self.picture = nn.Linear(vision.WIDTH, EMBEDDING_SIZE, bias=False)
-        self.kinds = nn.Linear(len(KINDS), EMBEDDING_SIZE, bias=False)
+        self.names = nn.Linear(len(KINDS) * len(GLYPHS), EMBEDDING_SIZE, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
 
-    def forward(self, pixels: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, 3, H, W], and which kinds each picture holds [B, len(KINDS)]."""
+    def forward(self, pixels: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [B, 3, H, W], and what each caption names [B, len(KINDS) * len(GLYPHS)]."""
         pictures = F.normalize(self.picture(self.tower(pixels).pooler_output), dim=-1)
-        captions = F.normalize(self.kinds(held / held.sum(-1, keepdim=True)), dim=-1)
-        return self.log_scale.clamp(max=4.6).exp() * pictures @ captions.T
+        captions = F.normalize(self.names(named / named.sum(-1, keepdim=True)), dim=-1)
+        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp() * pictures @ captions.T
+
+
+def names(scene: Scene) -> torch.Tensor:
+    """1 for each kind and letter that the caption names, as one: [len(KINDS) * len(GLYPHS)]."""
+    named = torch.zeros(len(KINDS), len(GLYPHS))
+    for thing in scene:
+        named[KINDS.index(thing.name), list(GLYPHS).index(thing.letter)] = 1
+    return named.flatten()
+
+
+def make_scenes(rng: random.Random, number: int) -> list[Scene]:
+    """An even number of scenes, of which two and two have the same kinds."""
+    first = [make_scene(rng) for _ in range(number // 2)]
+    return first + [make_scene(rng, [thing.name for thing in scene]) for scene in first]
 
 
 def loss(matcher: nn.Module, scenes: list[Scene], rng: random.Random, device: str = "cpu") -> torch.Tensor:
     """Cross-entropy of the right caption for each picture, and of the right picture for each caption."""
     pixels = torch.stack([vision.pixels(draw(scene, rng)) for scene in scenes]).to(device)
-    held = torch.stack([vision.picture_labels(scene)[: len(KINDS)] for scene in scenes]).to(device)
-    scores, right = matcher(vision.normalize(pixels), held), torch.arange(len(scenes), device=device)
+    named = torch.stack([names(scene) for scene in scenes]).to(device)
+    scores, right = matcher(vision.normalize(pixels), named), torch.arange(len(scenes), device=device)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
 def pretrain(
-    folder: Path, steps: int, batch: int, learning_rate: float = 1e-3, device: str = "cpu", minutes: float = math.inf
-) -> list[float]:
-    """Train on scenes made on the way, and write a checkpoint that LLaVA's tower loads; returns the losses.
+    labelled: Path,
+    folder: Path,
+    steps: int,
+    batch: int = 64,
+    learning_rate: float = 1e-3,
+    device: str = "cpu",
+    deadline: float = math.inf,
+) -> None:
+    """Go on with the tower in `labelled`, on scenes made on the way, and write it to `folder`.
 
     Raises:
-        TimeIsUp: after so many minutes; another call goes on.
+        TimeIsUp: at the deadline; another call goes on.
     """
+    from transformers import CLIPVisionModel
+
     torch.manual_seed(0)
     rng = random.Random("contrastive")
-    matcher = Matcher(vision.make_model()).to(device)
-    values = minimize(
-        lambda _: loss(matcher, [make_scene(rng) for _ in range(batch)], rng, device),
+    matcher = Matcher(CLIPVisionModel.from_pretrained(labelled)).to(device)
+    minimize(
+        lambda _: loss(matcher, make_scenes(rng, batch), rng, device),
         list(matcher.parameters()),
         steps,
         learning_rate,
         weight_decay=0.05,
         warmup=0.1,
-        description="matching",
-        pause=Pause(folder.with_suffix(".unfinished"), rng, time.time() + 60 * minutes),
+        description="matching captions",
+        pause=Pause(folder.with_suffix(".unfinished"), rng, deadline),
     )
     vision.save(matcher.tower, folder)
-    return values
-
-
-def print_probe(train: Split, judged: Split) -> None:
-    """One row per hidden state, one column for each thing that the probe asks, in per cent."""
-    found: dict[int, dict[str, float]] = defaultdict(dict)
-    for layer, what, right in probe(train, judged):
-        found[layer][what] = 100 * sum(right) / len(right)
-    print("hidden state  " + "  ".join(WHAT))
-    for layer, row in found.items():
-        print(f"{layer:12}  " + "  ".join(f"{row[what]:{len(what)}.1f}" for what in WHAT))
-
-
-def main() -> None:
-    """Train unless there is a tower, look at the pictures, probe."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.spatial.contrastive", description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="of the study that will use the tower")
-    parser.add_argument("--steps", type=int, default=6000, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step, each against the others (%(default)s)")
-    parser.add_argument("--pictures", type=int, nargs=2, default=(2000, 500), help="to fit and to judge the probe with")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop then; the same command goes on")
-    arguments = parser.parse_args()
-    device = str(choose_device(arguments.device))
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    tower = arguments.folder / "vision"
-    if not (tower / "config.json").exists():
-        try:
-            values = pretrain(tower, arguments.steps, arguments.batch, device=device, minutes=arguments.minutes)
-        except TimeIsUp as error:
-            parser.exit(0, f"Time is up, {error}; the same command goes on.\n")
-        last = values[-max(1, len(values) // 20) :]
-        print(f"loss {values[0]:.2f} -> {sum(last) / len(last):.2f}")
-    train, judged = (Split(f"probe-{n}", size, arguments.folder) for n, size in enumerate(arguments.pictures))
-    for split in (train, judged):
-        split.prepare(tower, device=device)
-    print_probe(train, judged)
-
-
-if __name__ == "__main__":
-    main()

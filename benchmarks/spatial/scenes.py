@@ -1,13 +1,17 @@
-"""Pictures with exact ground truth: coloured shapes, a letter a few pixels high on each, grey distractors."""
+"""Pictures with exact ground truth: coloured shapes, a letter a few pixels high on each, things that distract."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Optional
 
 from PIL import Image, ImageDraw
 
 from benchmarks.spatial.sizes import SIZES
+from llava_projectors.tiny.assets import photographs
 
 IMAGE_SIZE, PATCH_SIZE = SIZES.image_size, 14
 NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
@@ -34,8 +38,7 @@ GLYPHS = {
     "Z": (31, 1, 2, 4, 8, 16, 31),
 }
 GLYPH_WIDTH, GLYPH_HEIGHT = 5, 7
-FEWEST_OBJECTS, MOST_OBJECTS = 3, 6
-SMALLEST_RADIUS, LARGEST_RADIUS = 10, 20
+FEWEST_OBJECTS, MOST_OBJECTS = SIZES.objects
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,12 @@ class Thing:
 Scene = tuple[Thing, ...]
 
 
-def make_scene(rng: random.Random) -> Scene:
-    """Three to six objects at free positions and sizes, none over another."""
-    number = rng.randint(FEWEST_OBJECTS, MOST_OBJECTS)
+def make_scene(rng: random.Random, kinds: Optional[Sequence[str]] = None) -> Scene:
+    """Objects at free positions and of free sizes, none over another; of these kinds, or of any."""
     things: list[Thing] = []
-    for kind in rng.sample(KINDS, number):
+    for kind in kinds or rng.sample(KINDS, rng.randint(FEWEST_OBJECTS, MOST_OBJECTS)):
         while True:
-            radius = rng.randint(SMALLEST_RADIUS, LARGEST_RADIUS)
+            radius = rng.randint(*SIZES.radii)
             x, y = (rng.randint(radius, IMAGE_SIZE - 1 - radius) for _ in range(2))
             if all(max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 2 for t in things):
                 break
@@ -87,7 +89,17 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture of a scene: RGB, `IMAGE_SIZE` square. The background and the distractors are from `rng`."""
+    """The picture of a scene: RGB, `IMAGE_SIZE` square. The background and what distracts are from `rng`."""
+    image = _photograph(rng) if SIZES.has_photographs else _shade(rng)
+    canvas = ImageDraw.Draw(image)
+    for thing in scene:
+        _draw_shape(canvas, thing)
+        _draw_glyph(canvas, thing)
+    return image
+
+
+def _shade(rng: random.Random) -> Image.Image:
+    """One shade of grey, with grey lines and circles."""
     shade = rng.randint(90, 170)
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (shade, shade, shade))
     canvas = ImageDraw.Draw(image)
@@ -99,10 +111,22 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         else:
             r = rng.randint(2, 6)
             canvas.ellipse((x - r, y - r, x + r, y + r), fill=grey)
-    for thing in scene:
-        _draw_shape(canvas, thing)
-        _draw_glyph(canvas, thing)
     return image
+
+
+def _photograph(rng: random.Random) -> Image.Image:
+    """A square of a photograph, as large as the picture or larger, mirrored or not."""
+    whole = rng.choice(_photographs())
+    side = rng.randint(IMAGE_SIZE, min(whole.size))
+    left, top = rng.randint(0, whole.width - side), rng.randint(0, whole.height - side)
+    part = whole.resize((IMAGE_SIZE, IMAGE_SIZE), box=(left, top, left + side, top + side))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
+@cache
+def _photographs() -> list[Image.Image]:
+    """Those that scikit-learn ships."""
+    return [Image.open(path).convert("RGB") for path in sorted(photographs().glob("*.jpg"))]
 
 
 def _draw_shape(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import measure
-from benchmarks.spatial import language, sizes, vision
+from benchmarks.spatial import contrastive, language, sizes, vision
 from benchmarks.spatial.optimize import TimeIsUp
 from benchmarks.spatial.probe import probe
 from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         vision_steps: of the vision model's pre-training, 32 pictures each.
+        matching_steps: of its training with captions after that, 64 pictures each.
         language_steps: of the LLM's, 16 dialogues each.
         pictures: of each split.
         steps: of stages 1 and 2.
@@ -46,10 +47,11 @@ class Plan:
         device: that everything runs on.
     """
 
-    vision_steps: int = 1500
-    language_steps: int = 3500
+    vision_steps: int = sizes.SIZES.vision_steps
+    matching_steps: int = sizes.SIZES.matching_steps
+    language_steps: int = sizes.SIZES.language_steps
     pictures: tuple[tuple[str, int], ...] = tuple(zip(("train", "validation", "test"), sizes.SIZES.pictures))
-    steps: tuple[int, int] = (1200, 400)
+    steps: tuple[int, int] = sizes.SIZES.steps
     batch: int = 8
     max_seeds: int = 3
     name: str = {"small": "full"}.get(sizes.NAME, sizes.NAME)
@@ -60,6 +62,7 @@ class Plan:
 FULL = Plan()
 QUICK = Plan(
     vision_steps=2,
+    matching_steps=min(2, sizes.SIZES.matching_steps),
     language_steps=2,
     pictures=(("train", 32), ("validation", 8), ("test", 8)),
     steps=(2, 2),
@@ -213,12 +216,21 @@ def prepare(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "vision" / "config.json").exists():
-        vision.pretrain(folder / "vision", plan.vision_steps, device=plan.device, deadline=deadline)
+        pretrain_vision(plan, folder, deadline)
     if not (folder / "language" / "config.json").exists():
         found = language.pretrain(folder / "language", plan.language_steps, device=plan.device, deadline=deadline)
         print("Language model, answers from captions:", ", ".join(f"{k} {v:.0%}" for k, v in found.items()))
     for split in (splits(plan, folder) if sizes.SIZES.is_cached else probed_splits(plan, folder)).values():
         split.prepare(folder / "vision", device=plan.device)
+
+
+def pretrain_vision(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
+    """With labels, then, where the plan has steps for it, with captions."""
+    labelled = folder / ("labelled" if plan.matching_steps else "vision")
+    if not (labelled / "config.json").exists():
+        vision.pretrain(labelled, plan.vision_steps, device=plan.device, deadline=deadline)
+    if plan.matching_steps:
+        contrastive.pretrain(labelled, folder / "vision", plan.matching_steps, device=plan.device, deadline=deadline)
 
 
 def probed_splits(plan: Plan, folder: Path) -> dict[str, Split]:
