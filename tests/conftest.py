@@ -1,6 +1,5 @@
 """Tiny models in LLaVA's formats, made once a session, and runs of LLaVA's own training script on them."""
 
-import contextlib
 import inspect
 import logging
 import os
@@ -13,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import warm
 from filelock import FileLock
 from packaging.version import Version
-from warm import WarmProcess
 
 os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
 DEVICE = os.environ.get("LLAVA_PROJECTORS_TEST_DEVICE", "cpu")  # `make check-cuda` sets it to cuda
@@ -80,7 +79,6 @@ class Tiny:
     pretrain_data: Path
     finetune_data: Path
     images: Path
-    warm: WarmProcess
 
     def pretrain(self, name, projector_type, environment=None, **arguments):
         """Stage 1 in a subprocess; returns the folder with `mm_projector.bin` and the output."""
@@ -103,7 +101,7 @@ class Tiny:
         if environment is not None or DEVICE == "cuda":  # CUDA does not work in a fork
             return output, train.run(command, log, environment)
         log.parent.mkdir(exist_ok=True)
-        return output, train.output_of(log, self.warm.run(command, log))
+        return output, train.output_of(log, warm.call(command, log, log))
 
 
 @pytest.fixture
@@ -147,17 +145,15 @@ def tiny(tmp_path_factory):
             assets.make_vision_tower(root / "clip-coarse", patch_size=28)
             assets.make_llm(root / "vicuna")
             made.touch()
-    with contextlib.closing(WarmProcess()) as warm:
-        yield Tiny(
-            root,
-            root / "clip",
-            root / "clip-coarse",
-            root / "vicuna",
-            root / "data" / "pretrain.json",
-            root / "data" / "finetune.json",
-            root / "data" / "images",
-            warm,
-        )
+    return Tiny(
+        root,
+        root / "clip",
+        root / "clip-coarse",
+        root / "vicuna",
+        root / "data" / "pretrain.json",
+        root / "data" / "finetune.json",
+        root / "data" / "images",
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import llava_projectors
 from llava_projectors.cli import main
@@ -15,19 +16,18 @@ from llava_projectors.cli import main
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
 
 
-def cli(*arguments, status=0, stderr=False, **environment):
-    done = subprocess.run(
-        [COMMAND, *arguments], env={**os.environ, **environment}, cwd="/", capture_output=True, text=True
-    )
+def cli(*arguments, status=0, stderr=False, run=warm.run, **environment):
+    command = [sys.executable, "-m", "llava_projectors", *arguments]
+    done = run(command, env={**os.environ, **environment}, cwd="/", capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr if stderr else done.stdout
 
 
 def test_as_a_module():
-    """Where the script is not on the PATH."""
-    command = [sys.executable, "-m", "llava_projectors", "list", "--json"]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
-    assert done.stdout == cli("list", "--json")
+    """Where the script is not on the PATH, as in all other tests here; and the script itself."""
+    for command in ([COMMAND], [sys.executable, "-m", "llava_projectors"]):
+        done = subprocess.run([*command, "list", "--json"], cwd="/", capture_output=True, text=True, check=True)
+        assert done.stdout == cli("list", "--json")
 
 
 def test_list():
@@ -109,6 +109,7 @@ def test_help_and_bad_usage():
 )
 def test_demo_says_what_to_install(tmp_path, missing, message):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")
-    out = cli("demo", "--output", str(tmp_path), status=1, stderr=True, PYTHONPATH=str(tmp_path))
+    arguments = ("demo", "--output", str(tmp_path))
+    out = cli(*arguments, status=1, stderr=True, run=subprocess.run, PYTHONPATH=str(tmp_path))
     assert re.search(f"the demo lacks a package: .*{message}", out)
     assert "pip install 'llava-projectors[demo]'" in out

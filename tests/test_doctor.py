@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import llava
 import pytest
 import torch
+import warm
 from torch import nn
 
 from llava_projectors.integration import doctor, tower, trial
@@ -21,9 +22,9 @@ ARCH, TOWERS, PROJECTORS = (
 )
 
 
-def say(*arguments, status=0, **environment):
+def say(*arguments, status=0, run=warm.run, **environment):
     command = [sys.executable, "-m", "llava_projectors", "doctor", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env={**os.environ, **environment})
+    done = run(command, capture_output=True, text=True, cwd="/", env={**os.environ, **environment})
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout
@@ -33,7 +34,7 @@ def say(*arguments, status=0, **environment):
 def fork(tmp_path, monkeypatch):
     """Make a copy of LLaVA called myfork, for Llama alone, with texts replaced; returns what doctor says of it."""
 
-    def examine(*changes, type_string="saep", **arguments):
+    def examine(*changes, type_string="saep", is_warm=True, **arguments):
         folder = tmp_path / "myfork"
         shutil.copytree(LLAVA, folder, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval", "*_m*t*.py"))
         for path in folder.rglob("*.py"):
@@ -44,6 +45,8 @@ def fork(tmp_path, monkeypatch):
             (folder / name).write_text(text.replace(old, new))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("LLAVA_PROJECTORS_PACKAGES", "myfork")
+        if is_warm:
+            monkeypatch.setattr(trial, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": warm.run}))
         return doctor.diagnose(["myfork"], type_string, arguments).packages[0]
 
     return examine
@@ -53,7 +56,7 @@ CALL = "image_features = self.get_model().mm_projector(image_features)"
 
 
 def test_llava_itself():
-    out = say("--type", "saep:stride=2")
+    out = say("--type", "saep:stride=2", run=subprocess.run)
     assert out.endswith("All is well: pass --mm_projector_type saep:stride=2 to LLaVA's scripts.\n")
     assert "armed in a fresh interpreter" in out
     assert "1.2.2.post1" in out
@@ -198,7 +201,7 @@ def test_beside_a_transformers_with_which_nothing_runs(fork, tmp_path):
     """As transformers 5: LLaVA hides the failure, then lacks a name."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '5.1.0'")
-    found = fork()
+    found = fork(is_warm=False)
     assert found.verdict == "not checked"
     assert "ImportError: cannot import name " in found.reason
 

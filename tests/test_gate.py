@@ -7,6 +7,7 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+import warm
 
 from llava_projectors.integration.gate import Package, is_ours
 
@@ -162,7 +163,7 @@ def fork(tmp_path):
                 raise RuntimeError(f'the config was asked for {name}')
         """
         command = [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(script)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = warm.run(command, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().splitlines()
 

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import warm
 
 import llava_projectors
 from llava_projectors import autoload
@@ -20,16 +21,10 @@ from llava_projectors.integration import seams
 LLAVA = Path(importlib.metadata.distribution("llava-torch").locate_file("llava"))
 
 
-def python(script, *, cwd=None, **environment):
-    """Run a script in a fresh interpreter and return what it printed, less what DeepSpeed says on import."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def python(script, *, run=warm.run, cwd=None, **environment):
+    """Run a script in an interpreter of its own and return what it printed, less what DeepSpeed says on import."""
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return "\n".join(line for line in done.stdout.splitlines() if "ds_accelerator" not in line)
 
@@ -50,11 +45,12 @@ def test_a_fresh_interpreter_is_armed_and_imports_nothing():
     before = set(sys.modules)
     print("torch" in before, sorted(m for m in before if m.startswith("llava_projectors")))
     """
-    assert python(script) == "False ['llava_projectors', 'llava_projectors.autoload', 'llava_projectors.seam_names']"
+    out = python(script, run=subprocess.run)
+    assert out == "False ['llava_projectors', 'llava_projectors.autoload', 'llava_projectors.seam_names']"
 
 
 def test_importing_llava_patches_it():
-    assert python(SHOW_PATCHED) == "True True True True"
+    assert python(SHOW_PATCHED, run=subprocess.run) == "True True True True"
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
@@ -337,7 +333,8 @@ def test_an_error_while_patching_leaves_llava_importable(breakage):
     from llava.model import LlavaLlamaForCausalLM
     print(hasattr(builder.build_vision_projector, "__wrapped__"))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    done = warm.run([sys.executable, "-c", textwrap.dedent(script)])
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert "llava_projectors: cannot patch llava.model.multimodal_projector.builder, it stays as it is" in done.stderr
     assert "llava-projectors doctor" in done.stderr

@@ -1,46 +1,60 @@
-"""LLaVA's training script in forks of one process that has imported torch and transformers: most of a run's time.
+"""Python in forks of one process that has imported torch and transformers: most of the time of a short run.
 
 That process neither imports LLaVA nor has the plugin armed. A fork arms it as the start-up file does, and
-runs the script as `python -m` would. Tests of the start itself, and runs in another environment, take
-processes of their own.
+goes on as `python -c` or `python -m` would. Tests of the start itself, of what happens while torch is
+imported, and runs with a `sitecustomize` of their own take fresh processes.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import traceback
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 from llava_projectors import autoload
 
 
-class WarmProcess:
-    """Runs commands one after the other; started by the first."""
+def run(command, *, cwd=None, env=None, **_):
+    """As `subprocess.run` with the output captured, for `[python, "-c", script]` and `[python, "-m", module, …]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder) / "stdout", Path(folder) / "stderr"
+        status = call(command, *streams, cwd=cwd, env=env)
+        stdout, stderr = (path.read_text(errors="replace") for path in streams)
+    return subprocess.CompletedProcess(command, status, stdout, stderr)
 
-    def __init__(self):
-        self.process = None
 
-    def run(self, command, log):
-        """`[python, "-m", module, *arguments]` with its output in `log`; returns the exit status."""
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TRANSFORMERS_OFFLINE": "1", autoload.DISABLE_VARIABLE: "1"},
-            )
-        _, _, module, *arguments = command
-        disabled = os.environ.get(autoload.DISABLE_VARIABLE, "")
-        job = {"module": module, "arguments": arguments, "log": str(log), "disabled": disabled}
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(next(line for line in self.process.stdout if line.startswith("status ")).split()[1])
+def call(command, stdout, stderr, *, cwd=None, env=None):
+    """Run a command with its output in two files, which may be one; returns the exit status."""
+    for stream in (stdout, stderr):
+        Path(stream).write_text("")
+    job = {
+        "arguments": list(map(str, command[1:])),
+        "streams": [str(stdout), str(stderr)],
+        "cwd": str(cwd or os.getcwd()),
+        "environment": {"TRANSFORMERS_OFFLINE": "1", **(os.environ if env is None else env)},
+    }
+    process = warm_process()
+    print(json.dumps(job), file=process.stdin, flush=True)
+    return int(next(line for line in process.stdout if line.startswith("status ")).split()[1])
 
-    def close(self):
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
+
+@cache
+def warm_process():
+    """Of this process; it ends with it, when its stdin does."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TRANSFORMERS_OFFLINE": "1", autoload.DISABLE_VARIABLE: "1"},
+    )
 
 
 def serve():
@@ -52,29 +66,41 @@ def serve():
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            os._exit(perform(json.loads(line)))
+            os._exit(perform(**json.loads(line)))
         _, status = os.waitpid(child, 0)
         print("status", os.waitstatus_to_exitcode(status), flush=True)
 
 
-def perform(job):
-    """Run the module as a script; returns its exit status."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    os.environ[autoload.DISABLE_VARIABLE] = job["disabled"]
+def perform(arguments, streams, cwd, environment):
+    """Start as an interpreter does, and run a script or a module; returns the exit status."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path[0:1] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    importlib.invalidate_caches()
     autoload.arm_from_environment()
-    sys.argv, sys.path[0] = [job["module"], *job["arguments"]], ""
-    status = 0
+    kind, text, *rest = arguments
+    sys.argv = [text if kind == "-m" else kind, *rest]
+    status = 1
     try:
-        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(text, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = ModuleType("__main__")
+            exec(compile(text, "<string>", "exec"), vars(sys.modules["__main__"]))
+        status = 0
     except SystemExit as end:
-        status = int(end.code or 0)
+        if end.code is None or isinstance(end.code, int):
+            status = end.code or 0
+        else:
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     return status
 
 
