@@ -23,8 +23,8 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 # For forks: a folder of checkouts, named as in tests/forks/table.py. Packages go to .forks, 1 GB or so.
 FORKS ?= ../forks
 
-# The tests of a file run in one process, because they share what its fixtures made.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# The tests of a file run in one process, because they share what its fixtures made. tests/conftest.py has the order.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 

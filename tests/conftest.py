@@ -44,6 +44,16 @@ def pytest_configure():
         torch.backends.cudnn.allow_tf32 = False  # values in float32 are compared with float64
 
 
+# Minutes each, of several processes each.
+LONG = ("test_examples", "test_slice_training", "test_deepspeed", "test_spatial", "test_doctor", "test_serving")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where the tests marked `cuda` run: all of them on a CPU too, at tiny sizes, but for what takes `gpu`."""
@@ -97,11 +107,15 @@ class Tiny:
         skip_unless_llava_trains()
         output = self.output(name)
         command = train.training_command(output, self.llm, self.coarse_tower, projector_type, **options)
-        log = self.root / "runs" / f"{name}.log"
-        if environment is not None or DEVICE == "cuda":  # CUDA does not work in a fork
-            return output, train.run(command, log, environment)
+        return output, self.execute(command, self.root / "runs" / f"{name}.log", environment)
+
+    @staticmethod
+    def execute(command, log, environment=None):
+        """Run a command of LLaVA's script to its end; returns the output, which is in the log too."""
+        if DEVICE == "cuda":  # which does not work in a fork
+            return train.run(command, log, environment)
         log.parent.mkdir(exist_ok=True)
-        return output, train.output_of(log, warm.call(command, log, log))
+        return train.output_of(log, warm.call(command, log, log, env={**os.environ, **(environment or {})}))
 
 
 @pytest.fixture

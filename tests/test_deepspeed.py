@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_projectors.tiny.train import losses, training_command
+from llava_projectors.tiny.train import finetune_arguments, losses, run, training_command
 
 OURS = ("saep", "tokenpacker")
 # LLaVA's script synchronises CUDA before it saves with DeepSpeed, also where there is none. It leaves
@@ -45,23 +45,26 @@ def equal_data(tiny):
 
 @pytest.fixture(scope="module")
 def on_cpu_ranks(tiny):
-    """What DeepSpeed needs where there is no GPU: variables."""
+    """Variables that DeepSpeed needs where there is no GPU. With more threads than cores, ranks only wait."""
     shim = tiny.root / "shim"
     shim.mkdir(exist_ok=True)
     (shim / "sitecustomize.py").write_text(SHIM)
     # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
     extensions = str(tiny.root / "torch_extensions")
-    return {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(shim), "TORCH_EXTENSIONS_DIR": extensions}
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(shim),
+        "TORCH_EXTENSIONS_DIR": extensions,
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
 def train(tiny, equal_data, trained, device, on_cpu_ranks):
     """name, type, ranks, ZeRO stage -> the run's folder; SGD, whose steps are linear in the gradients."""
 
-    def run(name, projector_type, ranks=1, stage=None, **arguments):
-        from llava_projectors.tiny import train as demo_train
-
-        options = demo_train.finetune_arguments(
+    def train_one(name, projector_type, ranks=1, stage=None, **arguments):
+        options = finetune_arguments(
             equal_data,
             tiny.images,
             trained(projector_type).adapter / "mm_projector.bin",
@@ -75,10 +78,9 @@ def train(tiny, equal_data, trained, device, on_cpu_ranks):
             },
         )
         output = tiny.root / "runs" / f"llava-{name}-{projector_type}"
-        environment = {}
+        log = tiny.root / "runs" / f"{name}-{projector_type}.log"
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
-            environment = on_cpu_ranks if device == "cpu" else {}
         command = training_command(output, tiny.llm, tiny.coarse_tower, projector_type, **options)
         if stage is not None:
             if device == "cpu":
@@ -87,11 +89,13 @@ def train(tiny, equal_data, trained, device, on_cpu_ranks):
             # A machine without network may not know its own name.
             launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
             command = [sys.executable, "-m", "torch.distributed.run", *launcher, *command[1:]]
-        log = demo_train.run(command, tiny.root / "runs" / f"{name}-{projector_type}.log", environment)
-        assert log.count("llava_projectors: ") == 1  # one line, from the first rank
+            printed = run(command, log, on_cpu_ranks if device == "cpu" else {})
+        else:
+            printed = tiny.execute(command, log)
+        assert printed.count("llava_projectors: ") == 1  # one line, from the first rank
         return output
 
-    return run
+    return train_one
 
 
 def zero_config(path, stage):

@@ -1,10 +1,12 @@
 """LLaVA's controller, worker, command line and evaluation, with checkpoints of our types, on the loopback."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import requests
@@ -17,12 +19,23 @@ OURS = ("saep", "tokenpacker")
 QUESTION = "What does the picture show?"
 
 
-@pytest.fixture(scope="module", params=OURS)
-def server(request, trained, tmp_path_factory, device):
-    """Controller's address, worker's address, model name."""
-    checkpoint = trained(request.param).checkpoint
-    with served(checkpoint, tmp_path_factory.mktemp("serve"), device) as (controller, worker, _):
-        yield controller, worker, checkpoint.name
+@pytest.fixture(scope="module")
+def servers(trained, tmp_path_factory, device):
+    """type string -> controller's address, worker's address, model name; started once, in whatever order tests come."""
+    with contextlib.ExitStack() as running:
+
+        @cache
+        def get(projector_type):
+            checkpoint = trained(projector_type).checkpoint
+            addresses = running.enter_context(served(checkpoint, tmp_path_factory.mktemp("serve"), device))
+            return (*addresses[:2], checkpoint.name)
+
+        yield get
+
+
+@pytest.fixture(params=OURS)
+def server(request, servers):
+    return servers(request.param)
 
 
 @pytest.mark.cuda

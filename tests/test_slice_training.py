@@ -22,9 +22,9 @@ from llava_projectors.tiny import train as tiny_train
 from llava_projectors.tiny.train import losses, training_command
 
 OURS = ("saep", "tokenpacker")
-IMAGE, SIDE = -200, 112
-TOKENS = 4 * 4 + 1  # of a tile, and its separator
-LINE = "llava_projectors: slice: a picture is cut into 1 to 9 tiles and, beside more than one, a thumbnail: 17 to 170 "
+IMAGE, SIDE = -200, 56
+TOKENS = 2 * 2 + 1  # of a tile, and its separator
+LINE = "llava_projectors: slice: a picture is cut into 1 to 9 tiles and, beside more than one, a thumbnail: 5 to 50 "
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def sliced(tiny, data):
     @cache
     def get(projector_type):
         name = projector_type + "-slice"
-        options = {"image_aspect_ratio": "slice", "dataloader_num_workers": 4}
+        options = {"image_aspect_ratio": "slice", "dataloader_num_workers": 4, "dataloader_persistent_workers": True}
         adapter, first = tiny.pretrain(f"{name}-pretrain", projector_type, data_path=data[0], **options)
         checkpoint, second = tiny.finetune(
             name, projector_type, adapter / "mm_projector.bin", data_path=data[1], max_steps=100, learning_rate=4e-3,
@@ -132,7 +132,7 @@ def test_sixteen_tiles_from_the_command_line(tiny, data, sliced):
     adapter = sliced(OURS[0])[0] / "mm_projector.bin"
     run = {"data_path": data[1], "max_steps": 1}
     folder, output = tiny.finetune("slice16", OURS[0], adapter, image_aspect_ratio="slice:patch_num=16", **run)
-    assert "cut into 1 to 16 tiles and, beside more than one, a thumbnail: 17 to 289 visual tokens" in output
+    assert "cut into 1 to 16 tiles and, beside more than one, a thumbnail: 5 to 85 visual tokens" in output
     config = json.loads((folder / "config.json").read_text())
     assert (config["image_aspect_ratio"], config["patch_num"]) == ("slice", 16)
     for setting, patch_num in (("slice", 16), ("slice:patch_num=9", 9)):
@@ -148,10 +148,10 @@ def test_sixteen_tiles_from_the_command_line(tiny, data, sliced):
 
 def test_a_picture_that_is_too_long_is_warned_of(tiny, data, sliced):
     adapter = sliced(OURS[0])[0] / "mm_projector.bin"
-    options = {"data_path": data[1], "max_steps": 2, "image_aspect_ratio": "slice", "model_max_length": 128}
+    options = {"data_path": data[1], "max_steps": 2, "image_aspect_ratio": "slice", "model_max_length": 48}
     _, output = tiny.finetune("slice-short", OURS[0], adapter, **options)
     assert output.count("tiles takes") == 1
-    assert "WARNING: a picture of 3x3 tiles takes 170 visual tokens, but model_max_length is 128" in output
+    assert "WARNING: a picture of 3x3 tiles takes 50 visual tokens, but model_max_length is 48" in output
 
 
 def test_a_stock_projector_with_slice_trains_bit_for_bit_as_without_the_plugin(tiny, data):
@@ -214,12 +214,15 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
             image_aspect_ratio="slice:chunk_size=4",
         )  # fmt: skip
         output = tiny.root / "runs" / f"llava-slice-{name}-zero-{ranks}"
-        environment = {}
+        log = tiny.root / "runs" / f"slice-{name}-zero-{ranks}.log"
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
             paths = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
             extensions = str(tiny.root / "torch_extensions")
-            environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": paths, "TORCH_EXTENSIONS_DIR": extensions}
+            environment = {
+                "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths, "TORCH_EXTENSIONS_DIR": extensions,
+                "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
         command = training_command(output, tiny.llm, tiny.tower, projector_type, **options)
         if stage is not None:
             at = command.index("--no_cuda")
@@ -228,8 +231,10 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
                 sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
                 *command[1:],
             ]  # fmt: skip
-        log = tiny_train.run(command, tiny.root / "runs" / f"slice-{name}-zero-{ranks}.log", environment)
-        assert log.count("llava_projectors: slice: ") == 1
+            printed = tiny_train.run(command, log, environment)
+        else:
+            printed = tiny.execute(command, log)
+        assert printed.count("llava_projectors: slice: ") == 1
         return output
 
     one, two = train(1), train(2, stage=2)
@@ -266,8 +271,8 @@ def test_worker_answers_over_http(sliced, tiny, tmp_path):
         text = prompt(f"<image>\n{QUESTION}")
         (chunk,) = generate(worker, checkpoint.name, text, [flower[:2000]])  # a truncated file
         assert chunk["error_code"] == 1
-        # The most tiles of a picture take 170 of the worker's 2048 positions.
-        (refused,) = generate(worker, checkpoint.name, prompt("<image>\n" * 12 + QUESTION), [tall] * 12)
+        # The most tiles of a picture take 50 of the worker's 2048 positions.
+        (refused,) = generate(worker, checkpoint.name, prompt("<image>\n" * 45 + QUESTION), [tall] * 45)
         assert "Exceeds max token length" in refused["text"]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import random
 import statistics
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -195,6 +195,7 @@ def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
 def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
     """Sizes are read at the import, so in a process of its own: the tower, one step of a run, and one question."""
     code = f"""
+        import dataclasses
         from pathlib import Path
         import transformers
         from benchmarks.spatial import language, store, study, train
@@ -202,7 +203,8 @@ def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
         assert study.visual_tokens(study.STOCK) == {tokens}
         here = Path("models")
         here.mkdir()
-        study.pretrain_vision(study.QUICK, here)
+        once = dataclasses.replace(study.QUICK, vision_steps=1, matching_steps=min(1, study.QUICK.matching_steps))
+        study.pretrain_vision(once, here)
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained(
             here / "language"
         )
@@ -211,15 +213,8 @@ def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
         assert all(0 < loss < 20 for loss in found.losses), found
         assert sum(map(len, found.correct.values())) >= 5
     """
-    environment = {sizes.VARIABLE: name, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, sizes.VARIABLE: name, "PYTHONPATH": str(ROOT)}
+    done = warm.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     # What captions have been matched with is no longer the tower that learned from labels.
     assert (tmp_path / "models" / "labelled").exists() == (name == "medium")
