@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.speed import flops
 from benchmarks.speed.candidates import Subject
+from benchmarks.table import read_rows
 from llava_projectors import build_projector
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,24 @@ def test_the_mathematics_counts_saeps_operations():
     aggregation = flops.linear(24**2, 4 * 1024, 1024).forward / 1e9
     one, two, three = (f"{count:.2f}" for count in counts)
     assert f"{aggregation:.2f} GFLOP of {one} at stride 2, {two} at stride 3 and {three} at stride 4" in text
+
+
+def test_what_tiles_cost_is_what_was_measured():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "high_resolution.csv", "chunk_size")
+    peaks = {(r["type"], r["measure"], int(r["chunk_size"])): round(float(r["peak_mib"])) for r in rows}
+    forward, saep, tokenpacker = (
+        "from {} to {} MiB".format(*(peaks[projector_type, measure, size] for size in (64, 32)))
+        for projector_type, measure in (
+            ("saep", "forward"),
+            ("saep", "forward+backward"),
+            ("tokenpacker", "forward+backward"),
+        )
+    )
+    assert peaks["saep", "forward", 64] == peaks["tokenpacker", "forward", 64]
+    seconds = [float(row["s_per_tile"]) for row in rows]
+    text = (ROOT / "docs" / "high_resolution.md").read_text()
+    assert f"falls {forward} forward; with backward {saep} (`saep`) and {tokenpacker} (`tokenpacker`)" in text
+    assert f"{min(seconds):.2f} to {max(seconds):.2f} s per tile" in text
 
 
 @pytest.mark.parametrize(
