@@ -82,10 +82,10 @@ def main() -> None:
             rows.append(
                 {
                     "type": projector_type,
-                    "way": name,
+                    "implementation": name,
                     "rounds": len(times),
                     "ratio_q1": f"{low:.3f}",
-                    "ratio_to_kept": f"{middle:.3f}",
+                    "ratio": f"{middle:.3f}",
                     "ratio_q3": f"{high:.3f}",
                     "peak_mib": round(measure.peak_bytes(functions[name], device) / 2**20, 1),
                     **measure.machine(device),

@@ -1,6 +1,6 @@
 """TokenPacker in the ways that were tried, beside one another: what was kept, what was dropped, and by how much.
 
-    python benchmarks/variants.py [--device cpu] [--csv benchmarks/results/variants-cpu.csv]
+    python -m benchmarks.variants [--device cpu] [--csv benchmarks/results/variants-cpu.csv]
 
 patches   keys and values projected patch by patch, then torch's fused attention over the regions
 regions   keys and values projected once per region, around the softmax: what was kept

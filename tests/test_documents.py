@@ -1,10 +1,12 @@
 """What the documents point at is there."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from benchmarks.speed import flops
 from benchmarks.speed.candidates import Subject
@@ -12,6 +14,7 @@ from benchmarks.table import read_rows
 from llava_projectors import build_projector
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("patches/*.md")]
 
 
@@ -20,6 +23,11 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     local = [link for link in links if not link.startswith("http")]
     assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"`python (?:-m )?([^\s`]*benchmarks[^\s`]*)", BENCHMARKS))))
+def test_a_benchmark_starts_as_its_readme_says(module):
+    assert "usage: " in warm.run([sys.executable, "-m", module, "--help"], cwd=ROOT).stdout
 
 
 def test_the_readme_is_short():
@@ -50,6 +58,21 @@ def test_what_tiles_cost_is_what_was_measured():
     text = (ROOT / "docs" / "high_resolution.md").read_text()
     assert f"falls {forward} forward; with backward {saep} (`saep`) and {tokenpacker} (`tokenpacker`)" in text
     assert f"{min(seconds):.2f} to {max(seconds):.2f} s per tile" in text
+
+
+def test_what_recomputation_costs_is_what_was_measured():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "recompute-cpu.csv", "implementation")
+    ratio = {(row["type"], row["implementation"]): f"{float(row['ratio']):.2f}" for row in rows}
+    (saep, tokenpacker) = (
+        [ratio[projector_type, way] for way in ("recomputed", "checkpoint", "whole")]
+        for projector_type in ("saep", "tokenpacker")
+    )
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert (
+        f"`saep` {saep[0]} with ours, {saep[1]} with `checkpoint`; `tokenpacker` {tokenpacker[0]} and {tokenpacker[1]}"
+        in text
+    )
+    assert f"a step takes {saep[2]} and {tokenpacker[2]} of the time" in text
 
 
 @pytest.mark.parametrize(
