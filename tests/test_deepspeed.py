@@ -7,6 +7,7 @@ projector as well. FSDP is not either: accelerate refuses it on a machine withou
 import json
 import shutil
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -61,8 +62,9 @@ def on_cpu_ranks(tiny):
 
 @pytest.fixture(scope="module")
 def train(tiny, equal_data, trained, device, on_cpu_ranks):
-    """name, type, ranks, ZeRO stage -> the run's folder; SGD, whose steps are linear in the gradients."""
+    """name, type, ranks, ZeRO stage -> the run's folder, made once; SGD, whose steps are linear in the gradients."""
 
+    @cache
     def train_one(name, projector_type, ranks=1, stage=None, **arguments):
         options = finetune_arguments(
             equal_data,
@@ -148,7 +150,7 @@ def test_zero_trains_as_one_process_does(train, trained, device, projector_type)
 def test_a_zero3_checkpoint_loads(train, tiny):
     from llava.model.builder import load_pretrained_model
 
-    folder = train("zero3-load", "saep", stage=3, save_safetensors=False)
+    folder = train("zero3", "saep", stage=3, save_safetensors=False)
     _, model, _, _ = load_pretrained_model(str(folder), None, "llava", device="cpu", device_map="cpu")
     saved = weights(folder)
     for name, value in model.get_model().mm_projector.state_dict().items():

@@ -32,8 +32,9 @@ def main() -> None:
         description=__doc__,
         epilog="An interrupted study goes on where it was: every finished run is in the CSV, "
         "pre-trained models and hidden states are in the working folder. "
-        f"{sizes.VARIABLE}=large in the environment makes the larger study, for a GPU: pictures of 336 px, "
-        "an LLM of 8 layers and 512 channels, ten times the pictures.",
+        f"{sizes.VARIABLE}=medium in the environment makes a harder study, with photographs behind more objects and "
+        "a tower whose top has lost places; large makes one for a GPU: pictures of 336 px, an LLM of 8 layers and "
+        "512 channels, ten times the pictures.",
     )
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="(all)")
     parser.add_argument("--csv", type=Path, default=RESULTS / f"{NAME}.csv", help="(%(default)s)")
