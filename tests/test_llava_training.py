@@ -120,7 +120,7 @@ def test_a_stock_projector_trains_bit_for_bit_as_without_the_plugin(tiny):
     for name, disabled in (("on", "0"), ("off", "1")):
         environment = {"LLAVA_PROJECTORS_DISABLE": disabled}
         folder, output = tiny.finetune(f"stock-{name}", "mlp2x_gelu", adapter / "mm_projector.bin", environment)
-        assert "llava_projectors" not in output
+        assert "llava_projectors: " not in output  # a checkout may have that name
         runs.append((losses(folder), load_file(folder / "model.safetensors")))
     (losses_on, weights_on), (losses_off, weights_off) = runs
     assert losses_on == losses_off

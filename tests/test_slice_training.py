@@ -163,7 +163,7 @@ def test_a_stock_projector_with_slice_trains_bit_for_bit_as_without_the_plugin(t
         folder, output = tiny.finetune(
             f"stock-slice-{name}", "mlp2x_gelu", adapter / "mm_projector.bin", environment, **options
         )
-        assert "llava_projectors" not in output
+        assert "llava_projectors: " not in output  # a checkout may have that name
         config = json.loads((folder / "config.json").read_text())
         runs.append((losses(folder), config, load_file(folder / "model.safetensors")))
     (losses_on, config_on, weights_on), (losses_off, config_off, weights_off) = runs
