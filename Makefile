@@ -24,7 +24,7 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 FORKS ?= ../forks
 
 # The tests of a file run in one process, because they share what its fixtures made. tests/conftest.py has the order.
-SIDE_BY_SIDE := -n auto --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 

@@ -44,12 +44,6 @@ def pytest_configure():
         torch.backends.cudnn.allow_tf32 = False  # values in float32 are compared with float64
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores, because tests often wait: for a server, or for another process to start."""
-    return min(4, (os.cpu_count() or 1) + 1)
-
-
 # Minutes each, of several processes each.
 LONG = ("test_examples", "test_slice_training", "test_deepspeed", "test_spatial", "test_doctor", "test_serving")
 
