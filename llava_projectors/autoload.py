@@ -34,17 +34,25 @@ class SeamFinder:
     """A meta-path finder that lets the other finders work and attaches the patches to what they find."""
 
     def __init__(self) -> None:
-        self.packages: tuple[str, ...] = ()
+        self._prefixes: tuple[str, ...] = ()  # all of its state, so that no thread sees half of a change
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages that are watched; with none, no module is."""
+        return tuple(prefix[:-1] for prefix in self._prefixes)
+
+    @packages.setter
+    def packages(self, packages: tuple[str, ...]) -> None:
+        self._prefixes = tuple(f"{package}." for package in packages)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that another finder has, with a patching loader, for modules of the packages; else None."""
-        package = next((p for p in self.packages if fullname.startswith(f"{p}.")), None)
-        if package is None:
-            if fullname != TRANSFORMERS_LLAVA:
-                return None
-            package = "transformers"
+        prefixes = self._prefixes
+        if not prefixes or not (fullname.startswith(prefixes) or fullname == TRANSFORMERS_LLAVA):
+            return None
+        package = next((prefix[:-1] for prefix in prefixes if fullname.startswith(prefix)), "transformers")
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -169,8 +177,8 @@ def unpatch(package: str = "llava") -> None:
     """Give every patched attribute of `package` its original object back and disarm the hook for it.
 
     Models that were built before keep working with the projector they have. The finder stays on the
-    meta path and lets everything pass: to take it out would shift the finders behind it, of which an
-    import in another thread may then miss one.
+    meta path, where it watches no package any more. Its removal would shift the finders behind it,
+    and an import in another thread could skip one of them.
 
     Example:
         >>> import llava_projectors

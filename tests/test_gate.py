@@ -75,7 +75,7 @@ def test_twenty_rounds_of_importing_patching_and_unpatching_in_threads():
 
 
 def test_an_import_that_is_under_way_misses_no_finder():
-    """Python goes through the meta path by index: whoever leaves it lets the import skip the one that follows."""
+    """Python goes through the meta path by index: when a finder is removed meanwhile, it skips the next one."""
     script = """
 import importlib.machinery, sys
 import llava_projectors
@@ -92,6 +92,19 @@ print("found")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
     assert done.stdout == "found\n", done.stderr
+
+
+def test_after_unpatch_nothing_of_ours_runs():
+    """Not for transformers' own LLaVA either, whose classes load exported folders."""
+    script = """
+import sys
+import llava_projectors
+llava_projectors.unpatch()
+import transformers.models.llava.modeling_llava
+print("llava_projectors.serving.hook" in sys.modules)
+"""
+    done = warm.run([sys.executable, "-c", script])
+    assert done.stdout == "False\n", done.stderr
 
 
 FORK = {
