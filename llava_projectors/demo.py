@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from llava_projectors.columns import print_columns
 from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower
 from llava_projectors.tiny.train import (
     TrainingFailed,
+    check_llm_path,
     finetune_arguments,
     losses,
     pretrain_arguments,
@@ -110,10 +112,15 @@ class Assets:
 
         The tower has 12x12 patches, a quarter of CLIP-L's: LLaVA's script holds it in float16, which
         many CPUs only emulate.
+
+        Raises:
+            ValueError: see `check_llm_path`; nothing is written.
         """
+        llm = folder / "vicuna"
+        check_llm_path(llm)
         pretrain_data, finetune_data = make_dataset(folder / "data")
         tower = make_vision_tower(folder / "clip", patch_size=28)
-        llm = make_llm(folder / "vicuna", hidden_size=160, num_layers=2)
+        make_llm(llm, hidden_size=160, num_layers=2)
         return cls(tower, llm, pretrain_data, finetune_data, folder / "data" / "images")
 
 
@@ -155,12 +162,16 @@ def demo(output: Path, steps: int) -> int:
     transformers.logging.set_verbosity_error()  # the loader lists every key of the vision tower
 
     def say(message: str) -> None:
-        # One write a line: several threads say something.
+        # One write per line, because several threads print.
         print(f"[{time.monotonic() - started:4.0f} s] {message}\n", end="", flush=True)
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_workers()} types at a time"
     say(f"tiny CLIP, LLM and data in {output} ({where})")
-    assets = Assets.make(output)
+    try:
+        assets = Assets.make(output)
+    except ValueError as error:
+        print(f"cannot run the demo: {error}", file=sys.stderr)
+        return 1
     folders = {name: output / name.replace(":", "-").replace("=", "-") for name in TYPES}
     with ThreadPoolExecutor(_workers()) as pool:
         runs = {name: pool.submit(train, name, folder, assets, steps, say) for name, folder in folders.items()}
@@ -168,7 +179,7 @@ def demo(output: Path, steps: int) -> int:
     for name, finished in runs.items():
         try:
             checkpoint = finished.result()
-        except (TrainingFailed, ValueError) as failure:
+        except TrainingFailed as failure:
             say(f"{name} failed: {failure}")
             return 1
         say(f"{name}: load_pretrained_model, generate")

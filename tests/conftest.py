@@ -26,8 +26,8 @@ else:  # among several cards, the trainer would split batches
 
 from llava_projectors.tiny import assets, train  # noqa: E402
 
-# Tests that run side by side share the cores: with more threads than cores, torch takes several times as long. The
-# process that starts the others comes here first, and hands them its own number.
+# Tests that run side by side share the cores: with more threads than cores, torch takes several times as long.
+# pytest-xdist's controller imports this file too, and its workers inherit OMP_NUM_THREADS from it: for all cores.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 SHARE = max(1, (os.cpu_count() or 1) // WORKERS)
 THREADS = min(SHARE, int(os.environ.get("OMP_NUM_THREADS", SHARE)))
@@ -44,7 +44,7 @@ def pytest_configure():
         torch.backends.cudnn.allow_tf32 = False  # values in float32 are compared with float64
 
 
-# Minutes each, of several processes each.
+# These files take minutes, because their tests start many processes.
 LONG = ("test_examples", "test_slice_training", "test_deepspeed", "test_spatial", "test_doctor", "test_serving")
 
 

@@ -24,7 +24,7 @@ def cli(*arguments, status=0, stderr=False, run=warm.run, **environment):
 
 
 def test_as_a_module():
-    """Where the script is not on the PATH, as in all other tests here; and the script itself."""
+    """The script, and `python -m` where it is not on the PATH, as in all other tests here."""
     for command in ([COMMAND], [sys.executable, "-m", "llava_projectors"]):
         done = subprocess.run([*command, "list", "--json"], cwd="/", capture_output=True, text=True, check=True)
         assert done.stdout == cli("list", "--json")
@@ -101,6 +101,13 @@ def test_help_and_bad_usage():
     out = cli("train", status=2, stderr=True)
     assert "invalid choice: 'train'" in out
     assert "usage" in cli(status=2, stderr=True)
+
+
+def test_the_demo_refuses_a_folder_that_makes_an_mpt_of_its_llm(tmp_path):
+    folder = tmp_path / "prompts"
+    out = cli("demo", "--output", str(folder), status=1, stderr=True)
+    assert f"cannot run the demo: LLaVA's script takes {folder}/vicuna for an MPT" in out
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ projector as well. FSDP is not either: accelerate refuses it on a machine withou
 """
 
 import json
+import os
 import shutil
 import sys
 from functools import cache
@@ -44,24 +45,29 @@ def equal_data(tiny):
     return path
 
 
-@pytest.fixture(scope="module")
-def on_cpu_ranks(tiny):
-    """Variables that DeepSpeed needs where there is no GPU. With more threads than cores, ranks only wait."""
-    shim = tiny.root / "shim"
-    shim.mkdir(exist_ok=True)
-    (shim / "sitecustomize.py").write_text(SHIM)
-    # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
-    extensions = str(tiny.root / "torch_extensions")
-    return {
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(shim),
-        "TORCH_EXTENSIONS_DIR": extensions,
-        "OMP_NUM_THREADS": "1",
-    }
+def run_ranks(command, ranks, log, root, device="cpu"):
+    """Run a command of LLaVA's script with DeepSpeed in so many processes; returns the output."""
+    environment = {}
+    if device == "cpu":
+        at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
+        command = command[:at] + command[at + 2 :]
+        shim = root / "shim"
+        shim.mkdir(exist_ok=True)
+        (shim / "sitecustomize.py").write_text(SHIM)
+        environment = {
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")])),
+            # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
+            "TORCH_EXTENSIONS_DIR": str(root / "torch_extensions"),
+            "OMP_NUM_THREADS": "1",  # with more threads than cores, ranks wait for each other
+        }
+    # A machine without network may not know its own name.
+    launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
+    return run([sys.executable, "-m", "torch.distributed.run", *launcher, *command[1:]], log, environment)
 
 
 @pytest.fixture(scope="module")
-def train(tiny, equal_data, trained, device, on_cpu_ranks):
+def train(tiny, equal_data, trained, device):
     """name, type, ranks, ZeRO stage -> the run's folder, made once; SGD, whose steps are linear in the gradients."""
 
     @cache
@@ -84,16 +90,7 @@ def train(tiny, equal_data, trained, device, on_cpu_ranks):
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
         command = training_command(output, tiny.llm, tiny.coarse_tower, projector_type, **options)
-        if stage is not None:
-            if device == "cpu":
-                at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
-                del command[at : at + 2]
-            # A machine without network may not know its own name.
-            launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
-            command = [sys.executable, "-m", "torch.distributed.run", *launcher, *command[1:]]
-            printed = run(command, log, on_cpu_ranks if device == "cpu" else {})
-        else:
-            printed = tiny.execute(command, log)
+        printed = tiny.execute(command, log) if stage is None else run_ranks(command, ranks, log, tiny.root, device)
         assert printed.count("llava_projectors: ") == 1  # one line, from the first rank
         return output
 

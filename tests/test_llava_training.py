@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_stock_projector_trains_bit_for_bit_as_without_the_plugin(tiny):
     for name, disabled in (("on", "0"), ("off", "1")):
         environment = {"LLAVA_PROJECTORS_DISABLE": disabled}
         folder, output = tiny.finetune(f"stock-{name}", "mlp2x_gelu", adapter / "mm_projector.bin", environment)
-        assert "llava_projectors: " not in output  # a checkout may have that name
+        assert "llava_projectors" not in output.replace(sys.prefix, "")  # which a checkout may have given that name
         runs.append((losses(folder), load_file(folder / "model.safetensors")))
     (losses_on, weights_on), (losses_off, weights_off) = runs
     assert losses_on == losses_off

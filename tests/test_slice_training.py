@@ -13,7 +13,7 @@ import torch
 from drive import NO_CUDA, generate, llm_input, prompt, served
 from PIL import Image
 from safetensors.torch import load_file
-from test_deepspeed import SHIM, weights, zero_config
+from test_deepspeed import run_ranks, weights, zero_config
 from test_serving import QUESTION
 from test_slice_model import picture, prepare, reference_embeddings
 
@@ -163,7 +163,7 @@ def test_a_stock_projector_with_slice_trains_bit_for_bit_as_without_the_plugin(t
         folder, output = tiny.finetune(
             f"stock-slice-{name}", "mlp2x_gelu", adapter / "mm_projector.bin", environment, **options
         )
-        assert "llava_projectors: " not in output  # a checkout may have that name
+        assert "llava_projectors" not in output.replace(sys.prefix, "")  # which a checkout may have given that name
         config = json.loads((folder / "config.json").read_text())
         runs.append((losses(folder), config, load_file(folder / "model.safetensors")))
     (losses_on, config_on, weights_on), (losses_off, config_off, weights_off) = runs
@@ -202,9 +202,6 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
         sample["conversations"][1]["value"] = "a picture"
     path = data[1].with_name("slice-equal.json")
     path.write_text(json.dumps(samples))
-    shim = tiny.root / "shim"
-    shim.mkdir(exist_ok=True)
-    (shim / "sitecustomize.py").write_text(SHIM)
     name = projector_type
 
     def train(ranks, stage=None):
@@ -217,23 +214,8 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
         log = tiny.root / "runs" / f"slice-{name}-zero-{ranks}.log"
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
-            paths = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
-            extensions = str(tiny.root / "torch_extensions")
-            environment = {
-                "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths, "TORCH_EXTENSIONS_DIR": extensions,
-                "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
         command = training_command(output, tiny.llm, tiny.tower, projector_type, **options)
-        if stage is not None:
-            at = command.index("--no_cuda")
-            del command[at : at + 2]
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-                *command[1:],
-            ]  # fmt: skip
-            printed = tiny_train.run(command, log, environment)
-        else:
-            printed = tiny.execute(command, log)
+        printed = tiny.execute(command, log) if stage is None else run_ranks(command, ranks, log, tiny.root)
         assert printed.count("llava_projectors: slice: ") == 1
         return output
 

@@ -1,11 +1,10 @@
-"""Python in forks of one process that has imported torch and transformers: most of the time of a short run.
+"""Python in forks of one process that has imported torch and transformers, which takes most of a short run's time.
 
 That process neither imports LLaVA nor has the plugin armed. A fork arms it as the start-up file does, and
 goes on as `python -c` or `python -m` would. Tests of the start itself, of what happens while torch is
 imported, and runs with a `sitecustomize` of their own take fresh processes.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -22,7 +21,10 @@ from llava_projectors import autoload
 
 
 def run(command, *, cwd=None, env=None, **_):
-    """As `subprocess.run` with the output captured, for `[python, "-c", script]` and `[python, "-m", module, …]`."""
+    """Stand in for `subprocess.run` with `[python, "-c", script]` or `[python, "-m", module, …]`.
+
+    The output is always captured as text. Other arguments of `subprocess.run` have no effect.
+    """
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder) / "stdout", Path(folder) / "stderr"
         status = call(command, *streams, cwd=cwd, env=env)
@@ -38,7 +40,7 @@ def call(command, stdout, stderr, *, cwd=None, env=None):
         "arguments": list(map(str, command[1:])),
         "streams": [str(stdout), str(stderr)],
         "cwd": str(cwd or os.getcwd()),
-        "environment": {"TRANSFORMERS_OFFLINE": "1", **(os.environ if env is None else env)},
+        "environment": dict(os.environ if env is None else env),
     }
     process = warm_process()
     print(json.dumps(job), file=process.stdin, flush=True)
@@ -47,13 +49,13 @@ def call(command, stdout, stderr, *, cwd=None, env=None):
 
 @cache
 def warm_process():
-    """Of this process; it ends with it, when its stdin does."""
+    """The process that forks, one for each process of tests; it ends when that one closes its stdin."""
     return subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TRANSFORMERS_OFFLINE": "1", autoload.DISABLE_VARIABLE: "1"},
+        env={**os.environ, autoload.DISABLE_VARIABLE: "1"},
     )
 
 
@@ -98,9 +100,8 @@ def perform(arguments, streams, cwd, environment):
             print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     return status
 
 

@@ -26,6 +26,8 @@ from benchmarks.spatial.scenes import GLYPHS, KINDS, Scene, draw, make_scene
 EMBEDDING_SIZE = 64
 # The first temperature of CLIP, 0.07, as the logarithm of its inverse, and its largest, 100.
 LOG_SCALE, MAX_LOG_SCALE = 2.66, 4.6
+# Of the pre-training: scenes per step, and the highest rate.
+BATCH, LEARNING_RATE = 64, 1e-3
 
 
 class Matcher(nn.Module):
@@ -74,8 +76,6 @@ def pretrain(
     labelled: Path,
     folder: Path,
     steps: int,
-    batch: int = 64,
-    learning_rate: float = 1e-3,
     device: str = "cpu",
     deadline: float = math.inf,
 ) -> None:
@@ -90,10 +90,10 @@ def pretrain(
     rng = random.Random("contrastive")
     matcher = Matcher(CLIPVisionModel.from_pretrained(labelled)).to(device)
     minimize(
-        lambda _: loss(matcher, make_scenes(rng, batch), rng, device),
+        lambda _: loss(matcher, make_scenes(rng, BATCH), rng, device),
         list(matcher.parameters()),
         steps,
-        learning_rate,
+        LEARNING_RATE,
         weight_decay=0.05,
         warmup=0.1,
         description="matching captions",

@@ -46,6 +46,8 @@ MOST_BLUR = 2.0  # of what is seen, in standard deviations
 
 # The name of an object is one token, as a common word pair is in a large vocabulary.
 _WORD = re.compile("|".join([*KINDS, r"\S+"]))
+# Of the pre-training: scenes per step, and the highest rate.
+BATCH, LEARNING_RATE = 16, 1e-3
 
 
 def _words() -> list[str]:
@@ -168,8 +170,6 @@ def _some_turns(scene: Scene, rng: random.Random) -> list[Turn]:
 def pretrain(
     folder: Path,
     steps: int,
-    batch: int = 16,
-    learning_rate: float = 1e-3,
     device: str = "cpu",
     deadline: float = math.inf,
 ) -> dict[str, float]:
@@ -185,10 +185,10 @@ def pretrain(
     model = LlamaForCausalLM(LlamaConfig(**config_values())).to(device)
     pause = Pause(folder.with_suffix(".unfinished"), rng, deadline)
     minimize(
-        lambda step: _loss(model, step, steps, [make_scene(rng) for _ in range(batch)], rng),
+        lambda step: _loss(model, step, steps, [make_scene(rng) for _ in range(BATCH)], rng),
         list(model.parameters()),
         steps,
-        learning_rate,
+        LEARNING_RATE,
         weight_decay=0.01,
         description="language model",
         pause=pause,

@@ -45,6 +45,8 @@ DENSE = {
     "row": (NUM_PATCHES_PER_SIDE, 1.0),
     "column": (NUM_PATCHES_PER_SIDE, 1.0),
 }
+# Of the pre-training: scenes per step, and the highest rate.
+BATCH, LEARNING_RATE = 32, 1e-3
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -97,8 +99,6 @@ def make_model() -> Any:
 def pretrain(
     folder: Path,
     steps: int,
-    batch: int = 32,
-    learning_rate: float = 1e-3,
     device: str = "cpu",
     deadline: float = math.inf,
 ) -> None:
@@ -115,10 +115,10 @@ def pretrain(
     model.to(device)
     heads.to(device)
     minimize(
-        lambda _: _loss(model, heads, [make_scene(rng) for _ in range(batch)], rng),
+        lambda _: _loss(model, heads, [make_scene(rng) for _ in range(BATCH)], rng),
         [*model.parameters(), *heads.parameters()],
         steps,
-        learning_rate,
+        LEARNING_RATE,
         weight_decay=0.05,
         warmup=0.1,
         description="vision model",

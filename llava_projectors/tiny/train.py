@@ -14,15 +14,11 @@ def training_command(output: Path, llm: Path, tower: Path, projector_type: str, 
     """`python -m llava.train.train ...` for small runs; `arguments` add to and override the defaults.
 
     Raises:
-        ValueError: LLaVA would take the LLM for another kind, by the name of a folder above it.
+        ValueError: see `check_llm_path`.
     """
     import torch
 
-    if "mpt" in str(llm):
-        raise ValueError(
-            f"LLaVA's script takes {llm} for an MPT, because its path contains 'mpt' (as in 'prompt'): "
-            "choose another folder"
-        )
+    check_llm_path(llm)
     options: dict[str, Any] = {
         "model_name_or_path": llm,
         "vision_tower": tower,
@@ -48,6 +44,15 @@ def training_command(output: Path, llm: Path, tower: Path, projector_type: str, 
     }
     pairs = ([f"--{name}", str(value)] for name, value in options.items())
     return [sys.executable, "-m", "llava.train.train", *(word for pair in pairs for word in pair)]
+
+
+def check_llm_path(llm: Path) -> None:
+    """Raise ValueError if LLaVA's script would take the LLM for an MPT, which it tells by the whole path."""
+    if "mpt" in str(llm):
+        raise ValueError(
+            f"LLaVA's script takes {llm} for an MPT, because its path contains 'mpt' (as in 'prompt'): "
+            "choose another folder"
+        )
 
 
 def pretrain_arguments(data: Path, images: Path, **arguments: Any) -> dict[str, Any]:
