@@ -92,6 +92,16 @@ def test_projectors_know_no_llava():
                 assert module.split(".")[0] not in ("llava", "transformers", "peft", "deepspeed"), path
 
 
+@pytest.mark.parametrize(
+    "folder", [ROOT, ROOT.parent / "benchmarks", ROOT.parent / "tests"], ids=lambda path: path.name
+)
+def test_no_file_is_unpickled_with_its_classes(folder):
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), f"{path}, line {node.lineno}"
+
+
 @pytest.mark.parametrize("name", [name for name in llava_projectors.__all__ if not name.endswith("Error")])
 def test_what_is_public_shows_how_it_is_used(name):
     assert ">>> " in getattr(llava_projectors, name).__doc__

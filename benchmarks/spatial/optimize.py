@@ -93,7 +93,7 @@ def _save(pause: Pause, parameters: Sequence[torch.nn.Parameter], optimizer: Any
 
 
 def _restore(pause: Pause, parameters: Sequence[torch.nn.Parameter], optimizer: Any, schedule: Any) -> list[float]:
-    state = torch.load(pause.path, map_location="cpu", weights_only=False)  # our own file
+    state = torch.load(pause.path, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for parameter, value in zip(parameters, state["parameters"]):
             parameter.copy_(value)

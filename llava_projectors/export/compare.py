@@ -10,9 +10,30 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union
 
 import torch
+
+
+def save_cases(cases: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a reference: pictures as uint8 [H, W, 3], so that it can be read without unpickling any class."""
+    import numpy
+
+    saved = [
+        {**case, "images": [torch.from_numpy(numpy.array(image.convert("RGB"))) for image in case["images"]]}
+        for case in cases
+    ]
+    torch.save({"cases": saved}, path)
+
+
+def load_cases(path: Union[str, Path]) -> list[dict[str, Any]]:
+    """Read a reference, with pictures as PIL images."""
+    from PIL import Image
+
+    cases: list[dict[str, Any]] = torch.load(path, weights_only=True)["cases"]
+    return [{**case, "images": [Image.fromarray(image.numpy()) for image in case["images"]]} for case in cases]
 
 
 def load(folder: str, trust_remote_code: bool = True) -> tuple[Any, Any]:
@@ -57,7 +78,7 @@ def main(folder: str, reference: str, device: str = "cpu") -> int:
     """Print one JSON object for each case."""
     model, processor = load(folder)
     model.to(device)
-    for case in torch.load(reference, weights_only=False)["cases"]:
+    for case in load_cases(reference):
         print(json.dumps(compare(model, processor, case)), flush=True)
     return 0
 

@@ -186,7 +186,7 @@ def compare_elsewhere(folder: Path, cases: Sequence[Case], python: str) -> list[
     """Run `compare.py` by another interpreter; one result for each case."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "reference.pt"
-        torch.save({"cases": list(cases)}, path)
+        compare.save_cases(cases, path)
         command = [python, "-I", compare.__file__, str(folder), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
     if done.returncode:

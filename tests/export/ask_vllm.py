@@ -1,9 +1,12 @@
 """Ask vLLM what a reference asks: `python ask_vllm.py FOLDER REFERENCE`; one JSON object for each case."""
 
+import importlib
 import json
 import sys
+from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[2] / "llava_projectors" / "export"))
+compare = importlib.import_module("compare")
 
 
 def main(folder, reference):
@@ -13,7 +16,7 @@ def main(folder, reference):
         folder, trust_remote_code=True, dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
         limit_mm_per_prompt={"image": 2},
     )  # fmt: skip
-    cases = torch.load(reference, weights_only=False)["cases"]
+    cases = compare.load_cases(reference)
     asked = [{"prompt": case["prompt"], "multi_modal_data": {"image": case["images"]}} for case in cases]
     settings = SamplingParams(temperature=0, max_tokens=cases[0]["max_new_tokens"])
     for case, answer in zip(cases, llm.generate(asked, settings)):  # vLLM batches them

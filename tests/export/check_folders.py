@@ -40,7 +40,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def cases(folder):
-    return torch.load(folder.with_suffix(".pt"), weights_only=False)["cases"]
+    return compare.load_cases(folder.with_suffix(".pt"))
 
 
 def test_it_says_what_llava_says(name, loaded, cases):

@@ -21,7 +21,7 @@ FOLDER = EXPORTED / "tokenpacker"
 
 @pytest.fixture(scope="module")
 def cases():
-    return torch.load(FOLDER.with_suffix(".pt"), weights_only=False)["cases"]
+    return compare.load_cases(FOLDER.with_suffix(".pt"))
 
 
 def run(source):

@@ -7,6 +7,7 @@ path, vLLM finds the plugin; without it, vLLM's transformers backend runs the fo
 import base64
 import concurrent.futures
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -18,7 +19,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 EXPORTED = Path(os.environ["EXPORTED"])
@@ -26,6 +26,8 @@ NAMES = ("saep", "tokenpacker-scale-factor-3")
 HOST = "127.0.0.1"
 WAYS = ("backend", "native")
 BACKEND = "falling back to Transformers implementation"
+sys.path.insert(0, str(HERE.parents[1] / "llava_projectors" / "export"))
+compare = importlib.import_module("compare")
 
 
 def environment(way):
@@ -41,7 +43,7 @@ def environment(way):
 
 
 def cases_of(name):
-    return torch.load(EXPORTED / f"{name}.pt", weights_only=False)["cases"]
+    return compare.load_cases(EXPORTED / f"{name}.pt")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_projectors import build_projector
-from llava_projectors.export import verify
+from llava_projectors.export import compare, verify
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.tiny import assets, train
 
@@ -130,7 +130,7 @@ def main(root, types):
         folder = root / "exported" / folder_name(projector_type)
         export_checkpoint(str(checkpoint), folder, dtype="float16")
         cases = verify.reference(str(checkpoint), None, asked)
-        torch.save({"cases": cases}, folder.with_suffix(".pt"))
+        compare.save_cases(cases, folder.with_suffix(".pt"))
         print(projector_type, "->", folder, flush=True)
 
 
