@@ -1,4 +1,5 @@
-# make demo: the main job on built-in tiny models. make test: the tests. Both make .venv when needed.
+# make demo: the main job on built-in tiny models. make test: the tests but for slow ones; make test-all: all of them.
+# Each makes .venv when needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,12 +29,15 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
-.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks smoke clean
+.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks smoke test-all clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 smoke: $(STAMP)

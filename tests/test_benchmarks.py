@@ -300,6 +300,7 @@ def test_an_unknown_device_is_explained(tmp_path, capsys):
     assert not (tmp_path / "x.csv").exists()
 
 
+@pytest.mark.slow
 def test_high_resolution_writes_its_csv(tmp_path, monkeypatch):
     """Values of the same tiles with and without chunks, in the quick plan; a chunk never holds more than all do."""
     path = tmp_path / "high_resolution.csv"

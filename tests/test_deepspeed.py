@@ -113,6 +113,7 @@ def weights(folder):
     return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 @pytest.mark.parametrize("projector_type", OURS)
 def test_zero_trains_as_one_process_does(train, trained, device, projector_type):
@@ -144,6 +145,7 @@ def test_zero_trains_as_one_process_does(train, trained, device, projector_type)
             assert (step - expected_step).norm() < 0.02 * expected_step.norm() + rounding, (road, name)
 
 
+@pytest.mark.slow
 def test_a_zero3_checkpoint_loads(train, tiny):
     from llava.model.builder import load_pretrained_model
 
@@ -154,6 +156,7 @@ def test_a_zero3_checkpoint_loads(train, tiny):
         assert torch.equal(value, saved[f"model.mm_projector.{name}"].half()), name
 
 
+@pytest.mark.slow
 def test_resuming_continues_the_loss_curve(tiny, trained):
     """`checkpoint-2` of a run of 4 steps: steps 3 and 4 come out as they did."""
     adapter = trained("saep").adapter / "mm_projector.bin"

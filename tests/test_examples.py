@@ -13,6 +13,7 @@ def cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, can_generate, can_train):
     notebook = nbformat.read(path, as_version=4)

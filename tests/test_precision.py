@@ -69,6 +69,7 @@ def test_mixed_precision_training_is_finite_on_outliers(device, projector_type, 
     assert values[-1] < values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 @pytest.mark.parametrize(("projector_type", "heads"), [("saep", None), ("tokenpacker", 1), ("tokenpacker", 8)])
 def test_compiles_as_one_graph(device, projector_type, heads):

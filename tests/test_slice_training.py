@@ -194,6 +194,7 @@ def test_lora(tiny, data, sliced, projector_type):
         torch.testing.assert_close(found, reference_embeddings(model, tokenizer, image), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_type", OURS)
 def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, projector_type):
     """Ranks with other numbers of tiles, in several chunks; SGD, whose steps are linear in the gradients."""

@@ -143,6 +143,7 @@ def run_command(*arguments):
         sys.argv = before
 
 
+@pytest.mark.slow
 def test_a_study_from_start_to_plot(quick, capsys):
     everything = read_rows(quick / "quick.csv", "stage1_loss")
     depth = [row for row in everything if row["study"] == study.DEPTH]
@@ -164,6 +165,7 @@ def test_a_study_from_start_to_plot(quick, capsys):
     assert "| `tokenpacker:layers=7` | 36 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_study_that_was_cut_off_is_as_one_that_was_not(quick, tmp_path):
     study.prepare(study.QUICK, tmp_path)
     for name in ("vision", "language"):
@@ -180,6 +182,7 @@ def test_a_study_that_was_cut_off_is_as_one_that_was_not(quick, tmp_path):
         assert float(found["stage1_loss"]) == pytest.approx(float(expected["stage1_loss"]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
     from transformers import CLIPVisionModel
 
@@ -191,6 +194,7 @@ def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
     assert not list(LookingTower(split, layers, model).parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pictures", "tokens"), [("medium", 6000, 324), ("large", 60000, 576)])
 def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
     """Sizes are read at the import, so in a process of its own: the tower, one step of a run, and one question."""
@@ -230,6 +234,7 @@ def test_a_photograph_can_be_the_background(monkeypatch):
         assert covered <= same.sum() < 0.5 * same.size
 
 
+@pytest.mark.slow
 def test_hidden_states_are_those_of_llavas_tower(quick):
     from llava.constants import IMAGE_TOKEN_INDEX
 
@@ -245,6 +250,7 @@ def test_hidden_states_are_those_of_llavas_tower(quick):
     torch.testing.assert_close(cached, tower(images), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_export_is_what_llava_reads(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["spatial", "--quick", "--export", str(tmp_path)])
     command.main()
