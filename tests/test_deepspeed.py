@@ -21,9 +21,15 @@ OURS = ("saep", "tokenpacker")
 # the process group as it is, whose threads now and then abort a rank that exits before the other.
 SHIM = """
 import atexit
+import os
 import torch
 
 torch.cuda.synchronize = lambda *_: None
+if "RANK" in os.environ:  # not in the launcher
+    import deepspeed.ops
+
+    # An operator for sums among CPU ranks, which takes a minute to compile. Without it, gloo sums.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @atexit.register
@@ -57,8 +63,6 @@ def run_ranks(command, ranks, log, root, device="cpu"):
         environment = {
             "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")])),
-            # DeepSpeed compiles an operator; in the usual place, a lock that a killed run left would hang this one.
-            "TORCH_EXTENSIONS_DIR": str(root / "torch_extensions"),
             "OMP_NUM_THREADS": "1",  # with more threads than cores, ranks wait for each other
         }
     # A machine without network may not know its own name.
