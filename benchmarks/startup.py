@@ -20,6 +20,7 @@ import venv
 from pathlib import Path
 
 from benchmarks.table import write_rows
+from llava_projectors.cli import at_least
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ def measure(environment: Path, runs: int) -> list[tuple[float, float]]:
 def main() -> None:
     """Parse the command line, measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30, help="interleaved pairs (%(default)s)")
+    parser.add_argument("--runs", type=at_least(2), default=30, help="interleaved pairs (%(default)s)")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "startup.csv")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -40,14 +40,17 @@ def check(
         ProjectorWeightsError: the weights.
 
     Example:
-        >>> check("saep:stride=3")
-        ['type: saep:stride=3']
+        >>> for line in check("saep:stride=3"):
+        ...     print(line)
+        type: saep:stride=3
+        not checked: layers and patch grid, for want of a vision tower
     """
     config = SimpleNamespace() if model_path is None else _read_config(model_path)
     type_string = type_string or getattr(config, "mm_projector_type", None)
     if not registry.is_registered(type_string):
         raise registry.unknown_type(type_string)
     resolved = registry.resolve(type_string, config)
+    _build(resolved)
     lines = [f"type: {registry.normalize(type_string)}"]
 
     tower = vision_tower or getattr(config, "mm_vision_tower", None)
@@ -61,6 +64,8 @@ def check(
             f"tower: {tower}, {side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, "
             f"hidden states {format_value(layers)}"
         )
+    else:
+        lines.append("not checked: layers and patch grid, for want of a vision tower")
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
     if model_path is not None:
         found = weights.checkpoint_shapes(model_path)
@@ -97,12 +102,17 @@ def _compare(
     resolved: registry.ResolvedSpec, found: weights.Shapes, channels: Optional[int], width: Optional[int], source: str
 ) -> None:
     """Raise unless the weights are those of the type; sizes that nothing gives are taken from the weights."""
-    with torch.device("meta"):
-        projector: Projector = resolved.build(channels or 1024, width or _llm_width(found) or 4096)
+    projector = _build(resolved, channels, width or _llm_width(found))
     wrong = weights.problems(weights.expected_shapes(projector), found)
     if wrong:
         cause = weights.likely_cause(projector, found)
         raise weights.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
+
+
+def _build(resolved: registry.ResolvedSpec, channels: Optional[int] = None, width: Optional[int] = None) -> Projector:
+    """Without storage; sizes are those of CLIP-L and Vicuna-7B unless they are known."""
+    with torch.device("meta"):
+        return resolved.build(channels or 1024, width or 4096)
 
 
 def _llm_width(found: weights.Shapes) -> Optional[int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -81,7 +82,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder for checkpoints and logs (%(default)s)"
     )
-    demo.add_argument("--steps", type=int, default=80, help="fine-tuning steps of each type (%(default)s)")
+    demo.add_argument("--steps", type=at_least(1), default=80, help="fine-tuning steps of each type (%(default)s)")
     demo.set_defaults(run=run_demo)
 
     show = commands.add_parser(
@@ -149,10 +150,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     planned.add_argument("--type", action="append", help="a type string, may be repeated (saep and tokenpacker)")
     planned.add_argument("--llm", choices=["7b", "13b", "mistral-7b"], default="7b", help="(%(default)s)")
-    planned.add_argument("--gpus", type=int, default=8, help="over all nodes (%(default)s)")
-    planned.add_argument("--memory", type=float, default=80, help="of one GPU, in 10**9 bytes (%(default)s)")
+    planned.add_argument("--gpus", type=at_least(1), default=8, help="over all nodes (%(default)s)")
+    planned.add_argument("--memory", type=positive, default=80, help="of one GPU, in 10**9 bytes (%(default)s)")
     planned.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=3, help="stage of ZeRO (%(default)s)")
-    planned.add_argument("--text", type=int, default=100, help="text tokens of a sequence (%(default)s)")
+    planned.add_argument("--text", type=at_least(0), default=100, help="text tokens of a sequence (%(default)s)")
     planned.add_argument(
         "--stage", type=int, choices=[1, 2], default=2, help="1 trains the projector only (%(default)s)"
     )
@@ -185,6 +186,25 @@ def list_types(arguments: argparse.Namespace) -> int:
         width, height = arguments.image
         print_image(width, height, arguments.json)
     return 0
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers for argparse."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """A reader of numbers above zero for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
 
 
 def picture_size(text: str) -> tuple[int, int]:

@@ -71,8 +71,11 @@ def test_check_without_an_llm(tiny, trained):
     out = cli("check", "saep", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter))
     assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+5+6+7" in out
     assert "all its numbers are finite" in out
+    assert "not checked: layers and patch grid, for want of a vision tower" in cli("check", "saep")
     assert "every weight of the projector is there" in cli("check", "--model-path", str(checkpoint))
     for arguments, message in (
+        (["saep:kernel_size=1"], "does not fit: projector type 'saep:kernel_size=1': .* at least stride=2"),
+        (["resampler:num_queries=0"], "does not fit: projector type 'resampler:num_queries=0': "),
         (["saep:strid=3"], "does not fit: unknown option 'strid' .* did you mean 'stride'"),
         (["saep", "--model-path", str(tiny.llm / "nothing")], "does not fit: cannot read .*nothing/config.json"),
         (["saep:layers=3+40", "--vision-tower", str(tiny.coarse_tower)], "layer 40 is out of range; .* has 8 layers"),
@@ -84,6 +87,25 @@ def test_check_without_an_llm(tiny, trained):
         ([], "nothing to check: give a TYPE, or --model-path"),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--steps", "0"], "--steps: '0' is no whole number from 1"),
+        (["demo", "--steps", "-1"], "--steps: '-1' is no whole number from 1"),
+        (["demo", "--steps", "ten"], "--steps: 'ten' is no whole number from 1"),
+        (["plan", "--gpus", "0"], "--gpus: '0' is no whole number from 1"),
+        (["plan", "--text", "-1"], "--text: '-1' is no whole number from 0"),
+        (["plan", "--memory", "nan"], "--memory: 'nan' is no number above 0"),
+        (["plan", "--memory", "-4"], "--memory: '-4' is no number above 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_work_starts(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

@@ -20,6 +20,7 @@ from benchmarks.spatial.store import Split
 from benchmarks.spatial.study import FULL, QUICK, STUDIES, study
 from benchmarks.speed.run import choose_device
 from benchmarks.table import read_rows
+from llava_projectors.cli import at_least
 
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = {"small": "spatial"}.get(sizes.NAME, f"spatial-{sizes.NAME}")
@@ -41,7 +42,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs") / NAME, help="for what is large (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after about so long, to go on later")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (%(default)s, the cores)")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count(), help="runs at a time (%(default)s, the cores)"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     parser.add_argument("--report-only", action="store_true", help="tables and plots from the CSV as it is")
     parser.add_argument(
