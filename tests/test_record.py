@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,8 @@ DAMAGES = {
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
         "it is a Git LFS pointer, not the file itself; run `git lfs pull`",
     ),
+    "text": (lambda path: path.write_text("weights\n"), "it is no file of tensors .*of another format"),
+    "object": (lambda path: torch.save({"a": Path}, path), "no file of tensors .*objects in it that are not loaded"),
     "list": (lambda path: torch.save([torch.ones(2)], path), "is no adapter: it holds a list, not a dict of tensors"),
     "nested": (
         lambda path: torch.save({"model": torch.load(path, weights_only=True)}, path),

@@ -81,7 +81,11 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             for key, value in _load_bin(path).items()
             if isinstance(value, torch.Tensor)
         }
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, struct.error, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # whose message recommends to load without weights_only
+        raise ExportError(
+            f"cannot read {path}: it is of another format, or has objects in it that are not loaded"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, struct.error) as error:
         raise ExportError(f"cannot read {path}: {error}. Copy or save the checkpoint again") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
@@ -93,6 +94,8 @@ def _cause_of_bad_file(path: str, error: Exception) -> str:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if isinstance(error, pickle.UnpicklingError):  # whose message recommends to load without weights_only
+        return f"it is no file of tensors ({size} bytes): of another format, or with objects in it that are not loaded"
     first_line = str(error).split("\n")[0]
     return f"it is truncated or of another format ({size} bytes; {type(error).__name__}: {first_line}); copy it again"
 

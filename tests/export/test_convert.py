@@ -399,6 +399,8 @@ def test_half_checkpoints_are_refused(checkpoint, tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"PK\3\4 cut off")
     refused(folder, tmp_path, "cannot read .*pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_text("weights")
+    refused(folder, tmp_path, "cannot read .*pytorch_model.bin: it is of another format")
 
 
 @pytest.mark.parametrize(
