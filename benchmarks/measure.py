@@ -108,10 +108,10 @@ def without_slow_dtypes(
 ) -> tuple[tuple[torch.dtype, ...], list[str]]:
     """The dtypes that the device does not merely emulate, and a line for each of the others.
 
-    A CPU without bfloat16 products takes a hundred times as long for them: nobody would run a model so.
+    A CPU without bfloat16 products takes several to a hundred times as long for them: nobody would run a model so.
     """
     rates = {dtype: matrix_rate(device, dtype) for dtype in {torch.float32, *dtypes}}
-    kept = tuple(dtype for dtype in dtypes if rates[dtype] > rates[torch.float32] / 10)
+    kept = tuple(dtype for dtype in dtypes if rates[dtype] > rates[torch.float32] / 2)
     lines = [
         f"{dtype}: this device multiplies matrices of it at {rates[dtype] / 1e9:.1f} GFLOP/s, "
         f"of float32 at {rates[torch.float32] / 1e9:.1f}"

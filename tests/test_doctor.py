@@ -66,6 +66,7 @@ def test_llava_itself():
     assert "LlavaMptForCausalLM cannot be run on tiny parts without this plugin either: TypeError" in out
 
 
+@pytest.mark.slow
 def test_as_json():
     report = json.loads(say("--json", "--type", "tokenpacker:scale_factor=3"))
     assert report["verdict"] == report["packages"][0]["verdict"] == "works"
@@ -79,6 +80,7 @@ def test_a_mistyped_type_is_the_reason():
     assert "did you mean" in out
 
 
+@pytest.mark.slow
 def test_switched_off():
     out = say(status=1, LLAVA_PROJECTORS_DISABLE="1")
     assert "PROBLEM: the hook is switched off by the environment variable LLAVA_PROJECTORS_DISABLE=1: unset it" in out

@@ -1,6 +1,7 @@
 """What the documents point at is there, and their figures are those that were measured."""
 
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import warm
 
 from benchmarks.speed import flops
+from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
@@ -58,6 +60,67 @@ def test_what_tiles_cost_is_what_was_measured():
     text = (ROOT / "docs" / "high_resolution.md").read_text()
     assert f"falls {forward} forward; with backward {saep} (`saep`) and {tokenpacker} (`tokenpacker`)" in text
     assert f"{min(seconds):.2f} to {max(seconds):.2f} s per tile" in text
+
+
+SPEED = read_rows(ROOT / "benchmarks" / "results" / "cpu.csv", "measured_to_bound")
+SHOWN = ("saep:stride=2", "tokenpacker:scale_factor=2", "saep:stride=3", "tokenpacker:scale_factor=3")
+
+
+def speed_up(suite, measure, projector_type, images="1"):
+    """Of the row, measured and as the FLOP bound has it; a suite has one batch of each measure, but for scaling."""
+    row = next(
+        row
+        for row in SPEED
+        if (row["suite"], row["measure"], row["type"], row["images"]) == (suite, measure, projector_type, images)
+    )
+    return 1 / float(row["ratio"]), 1 / float(row["flops_ratio"])
+
+
+@pytest.mark.parametrize("measure", ["prefill", "decode 8 tokens", "training step, stage 1", "training step, stage 2"])
+def test_the_table_of_speed_ups_is_what_was_measured(measure):
+    cells = ("{:.1f} ({:.1f})".format(*speed_up("model", measure, name)) for name in SHOWN)
+    batch = next(row["batch"] for row in SPEED if (row["suite"], row["measure"]) == ("model", measure))
+    assert f"| {measure.replace(' 8 tokens', '')}, batch {batch} | {' | '.join(cells)} |" in BENCHMARKS
+
+
+def test_the_memory_of_a_training_step_is_what_was_measured():
+    peaks = {r["type"]: float(r["peak_mib"]) for r in SPEED if r["measure"] == "training step, stage 2"}
+    cells = (f"{peaks[name] / peaks['mlp2x_gelu']:.0%}".replace("%", " %") for name in SHOWN)
+    assert f"| peak memory of a stage 2 step | {' | '.join(cells)} |" in BENCHMARKS
+
+
+def test_targets_are_met_where_the_readme_says():
+    for line in speed_report.target_lines(SPEED):
+        assert f"| {' | '.join(line)} |".replace(">=", "≥").replace("<=", "≤") in BENCHMARKS
+
+
+def test_speed_is_named_as_it_was_measured():
+    saep, tokenpacker = (speed_up("scaling", "prefill", name, "8") for name in (SHOWN[0], SHOWN[3]))
+    assert (
+        "With 8 images in a prompt, prefill is {:.1f} times as fast with `saep` (bound {:.1f}) and {:.1f} times with "
+        "`tokenpacker:scale_factor=3` (bound {:.1f}).".format(*saep, *tokenpacker)
+    ) in BENCHMARKS
+    choosing = (ROOT / "docs" / "choosing.md").read_text()
+    assert f"prefill with 8 images in a prompt {tokenpacker[0]:.1f} times as fast" in choosing
+    for name in SHOWN[:2]:
+        ratios = [
+            float(row["ratio"])
+            for row in SPEED
+            if (row["suite"], row["type"], row["implementation"]) == ("projector", name, "eager")
+        ]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times the projector time of `mlp2x_gelu`" in choosing
+    steps = [speed_up("model", f"training step, stage {stage}", SHOWN[0])[0] for stage in (1, 2)]
+    assert f"training steps {min(steps):.1f} to {max(steps):.1f} times as fast" in choosing
+
+
+def test_the_start_takes_as_much_longer_as_was_measured():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "startup.csv", "with_hook_ms")
+    low, middle, high = statistics.quantiles(
+        (float(r["with_hook_ms"]) - float(r["without_hook_ms"]) for r in rows), n=4
+    )
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    expected = f"{middle:.1f} ms longer (median of {len(rows)} interleaved pairs, quartiles {low:.1f} to {high:.1f} ms"
+    assert expected in text
 
 
 def test_what_recomputation_costs_is_what_was_measured():

@@ -198,6 +198,7 @@ def test_forks_with_another_package_name(tmp_path):
     assert python(script, cwd=tmp_path) == "True True True True"
 
 
+@pytest.mark.slow
 def test_training_a_fork(tmp_path, tiny, can_train):
     """LLaVA's own training script under another name, from adapter to checkpoint."""
     from llava_projectors.tiny import train

@@ -107,6 +107,7 @@ def released_hd(released, tmp_path):
     return folder, scale_factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("released", [3], indirect=True)
 def test_high_resolution_gives_the_references_logits(released_hd):
     """From a picture to logits, through tiles cut here and an independent projector, one tile at a time."""

@@ -81,6 +81,7 @@ def test_long_prompts_are_refused_by_the_reduced_count(server, tiny):
     assert "Exceeds max token length" in refused["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_type", OURS)
 def test_command_line_chat(trained, tiny, tmp_path, projector_type):
     done = subprocess.run(
@@ -94,6 +95,7 @@ def test_command_line_chat(trained, tiny, tmp_path, projector_type):
     assert len(answer.split()) > 1, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector_type", OURS)
 def test_evaluation_on_a_question_file(trained, tiny, tmp_path, projector_type):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"

@@ -234,6 +234,7 @@ def test_zero2_on_two_ranks_trains_as_one_process_does(tiny, data, sliced, proje
         assert (step - expected_step).norm() < 0.02 * expected_step.norm() + rounding, key
 
 
+@pytest.mark.slow
 def test_worker_answers_over_http(sliced, tiny, tmp_path):
     """LLaVA's controller and worker, with pictures of two grids in one prompt, and one that is not RGB."""
     checkpoint = sliced(OURS[1])[1]
@@ -259,6 +260,7 @@ def test_worker_answers_over_http(sliced, tiny, tmp_path):
         assert "Exceeds max token length" in refused["text"]
 
 
+@pytest.mark.slow
 def test_command_line_chat(sliced, tiny, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", "--model-path", sliced(OURS[0])[1], "--image-file",
@@ -270,6 +272,7 @@ def test_command_line_chat(sliced, tiny, tmp_path):
     assert len(done.stdout.split("Assistant: ")[1].split()) > 1, done.stdout
 
 
+@pytest.mark.slow
 def test_evaluation_on_a_question_file(sliced, tiny, tmp_path):
     """With `model_vqa_loader`'s four workers, on pictures of three grids."""
     names = ("flower.jpg", "tower.png", "china.jpg")
