@@ -50,7 +50,6 @@ def check(
     if not registry.is_registered(type_string):
         raise registry.unknown_type(type_string)
     resolved = registry.resolve(type_string, config)
-    _build(resolved)
     lines = [f"type: {registry.normalize(type_string)}"]
 
     tower = vision_tower or getattr(config, "mm_vision_tower", None)
@@ -67,6 +66,7 @@ def check(
     else:
         lines.append("not checked: layers and patch grid, for want of a vision tower")
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
+    _build(resolved, channels)  # its options are checked where it is built
     if model_path is not None:
         found = weights.checkpoint_shapes(model_path)
         _compare(resolved, found, channels, getattr(config, "hidden_size", None), model_path)
@@ -110,7 +110,7 @@ def _compare(
 
 
 def _build(resolved: registry.ResolvedSpec, channels: Optional[int] = None, width: Optional[int] = None) -> Projector:
-    """Without storage; sizes are those of CLIP-L and Vicuna-7B unless they are known."""
+    """The projector without storage; sizes that are not given are those of CLIP-L and Vicuna-7B."""
     with torch.device("meta"):
         return resolved.build(channels or 1024, width or 4096)
 

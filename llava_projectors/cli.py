@@ -192,7 +192,7 @@ def at_least(least: int) -> Callable[[str], int]:
     """A reader of whole numbers for argparse."""
 
     def read(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
         return int(text)
 
@@ -210,7 +210,7 @@ def positive(text: str) -> float:
 def picture_size(text: str) -> tuple[int, int]:
     """`1920x1080` -> (1920, 1080)."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels like 1920x1080")
     return int(width), int(height)
 

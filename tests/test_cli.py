@@ -58,7 +58,7 @@ def test_list_for_a_picture():
     assert report["grids"] == {f"slice:patch_num={n}": [1, 1] for n in (9, 16, 25)}
     (saep,) = (row for row in report["types"] if row["type"] == "saep:stride=3")
     assert saep == {"type": "saep:stride=3", "tile": 64, **dict.fromkeys(report["grids"], 65)}
-    for size in ("1920", "0x5", "ax5", "1920x1080x3", "-3x4"):
+    for size in ("1920", "0x5", "ax5", "1920x1080x3", "-3x4", "²x4"):
         assert "is no size in pixels like 1920x1080" in cli("list", f"--image={size}", status=2, stderr=True)
 
 
@@ -95,6 +95,7 @@ def test_check_without_an_llm(tiny, trained):
         (["demo", "--steps", "0"], "--steps: '0' is no whole number from 1"),
         (["demo", "--steps", "-1"], "--steps: '-1' is no whole number from 1"),
         (["demo", "--steps", "ten"], "--steps: 'ten' is no whole number from 1"),
+        (["demo", "--steps", "²"], "--steps: '²' is no whole number from 1"),
         (["plan", "--gpus", "0"], "--gpus: '0' is no whole number from 1"),
         (["plan", "--text", "-1"], "--text: '-1' is no whole number from 0"),
         (["plan", "--memory", "nan"], "--memory: 'nan' is no number above 0"),
