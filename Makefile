@@ -68,13 +68,15 @@ forks: $(STAMP)
 
 # deepspeed's setup imports torch, so it is built without isolation once torch is there. LLaVA goes
 # in without its dependencies: its own pins contradict a current torch.
+# pip compiles on one core, compileall on all. A few packages ship files of other Python versions, which do not compile.
 $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 9) <= v <= (3, 12) else "Python %d.%d cannot hold LLaVA: pass PYTHON=python3.x, 3.9 to 3.12" % v)'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch setuptools wheel
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[llava,demo,test,lint]'
-	$(PIP) install -q --no-deps llava-torch==1.2.2.post1
+	$(PIP) install -q --no-compile -c constraints.txt torch setuptools wheel
+	$(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[llava,demo,test,lint]'
+	$(PIP) install -q --no-compile --no-deps llava-torch==1.2.2.post1
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compile.log || true
 	touch $@
 
 $(EXPORT_RUN): $(STAMP)

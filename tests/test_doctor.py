@@ -31,19 +31,25 @@ def say(*arguments, status=0, run=warm.run, **environment):
 
 
 @pytest.fixture
-def fork(tmp_path, monkeypatch):
-    """Make a copy of LLaVA called myfork, for Llama alone, with texts replaced; returns what doctor says of it."""
+def small_fork(tmp_path):
+    """A copy of LLaVA called myfork, for Llama alone, in the test's folder."""
+    folder = tmp_path / "myfork"
+    shutil.copytree(LLAVA, folder, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval", "*_m*t*.py"))
+    for path in folder.rglob("*.py"):
+        path.write_text(path.read_text().replace("llava.", "myfork.").replace("from llava ", "from myfork "))
+    return folder
+
+
+@pytest.fixture
+def fork(small_fork, monkeypatch):
+    """Replace texts in it; returns what doctor says of it."""
 
     def examine(*changes, type_string="saep", is_warm=True, **arguments):
-        folder = tmp_path / "myfork"
-        shutil.copytree(LLAVA, folder, ignore=shutil.ignore_patterns("__pycache__", "serve", "eval", "*_m*t*.py"))
-        for path in folder.rglob("*.py"):
-            path.write_text(path.read_text().replace("llava.", "myfork.").replace("from llava ", "from myfork "))
         for name, old, new in changes:
-            text = (folder / name).read_text()
+            text = (small_fork / name).read_text()
             assert old in text
-            (folder / name).write_text(text.replace(old, new))
-        monkeypatch.syspath_prepend(tmp_path)
+            (small_fork / name).write_text(text.replace(old, new))
+        monkeypatch.syspath_prepend(small_fork.parent)
         monkeypatch.setenv("LLAVA_PROJECTORS_PACKAGES", "myfork")
         if is_warm:
             monkeypatch.setattr(trial, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": warm.run}))
@@ -66,9 +72,9 @@ def test_llava_itself():
     assert "LlavaMptForCausalLM cannot be run on tiny parts without this plugin either: TypeError" in out
 
 
-@pytest.mark.slow
-def test_as_json():
-    report = json.loads(say("--json", "--type", "tokenpacker:scale_factor=3"))
+def test_as_json(small_fork):
+    environment = {"PYTHONPATH": str(small_fork.parent), "LLAVA_PROJECTORS_PACKAGES": "myfork"}
+    report = json.loads(say("--json", "--type", "tokenpacker:scale_factor=3", "--package", "myfork", **environment))
     assert report["verdict"] == report["packages"][0]["verdict"] == "works"
     assert "576 -> 64 visual tokens" in report["packages"][0]["reason"]
     assert [row["state"] for row in report["packages"][0]["seams"]][:4] == ["patched"] * 4
@@ -80,9 +86,8 @@ def test_a_mistyped_type_is_the_reason():
     assert "did you mean" in out
 
 
-@pytest.mark.slow
-def test_switched_off():
-    out = say(status=1, LLAVA_PROJECTORS_DISABLE="1")
+def test_switched_off(small_fork):
+    out = say("--package", "myfork", status=1, LLAVA_PROJECTORS_DISABLE="1", PYTHONPATH=str(small_fork.parent))
     assert "PROBLEM: the hook is switched off by the environment variable LLAVA_PROJECTORS_DISABLE=1: unset it" in out
 
 

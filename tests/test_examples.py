@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and what is committed of their outputs is complete."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,9 @@ def cells(notebook):
 def test_a_notebook_runs(path, tmp_path, can_generate, can_train):
     notebook = nbformat.read(path, as_version=4)
     committed = [[output.output_type for output in cell.outputs] for cell in cells(notebook)]
+    for cell in cells(notebook):
+        # What the longer trainings learn is in the committed outputs; here, all cells run.
+        cell.source = re.sub(r"max_steps=\d\d+", "max_steps=4", cell.source)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
     produced = [[output.output_type for output in cell.outputs] for cell in cells(notebook)]
     assert [sorted(set(kinds)) for kinds in produced] == [sorted(set(kinds)) for kinds in committed]
