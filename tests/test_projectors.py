@@ -148,8 +148,11 @@ def naive_saep(p, x):
                         row, column = i * s - before + di, j * s - before + dj
                         if 0 <= row < side and 0 <= column < side:
                             total = total + value[:, row, column] * kernel[:, di, dj]
+                region = value[:, i * s : (i + 1) * s, j * s : (j + 1) * s]
                 if p.shortcut == "average":
-                    total = total + value[:, i * s : (i + 1) * s, j * s : (j + 1) * s].mean((1, 2))
+                    total = total + region.mean((1, 2))
+                elif p.shortcut == "max":
+                    total = total + region.flatten(1, 2).max(1).values
                 out[:, i, j] = total
         return out
 
@@ -206,6 +209,8 @@ NAIVE = {"saep": naive_saep, "tokenpacker": naive_tokenpacker}
 SAEP_VARIANTS = [
     "saep:order=depthwise_first",
     "saep:shortcut=none",
+    "saep:shortcut=max",
+    "saep:stride=3,order=depthwise_first,shortcut=max",
     "saep:kernel_size=5",
     "saep:stride=3,kernel_size=4,inner_size=24,layers=3+7",
     "saep:kernel_size=2,order=depthwise_first,shortcut=none",

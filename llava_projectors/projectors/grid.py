@@ -10,10 +10,14 @@ import torch.nn.functional as F
 
 def pad_grid(grid: torch.Tensor, stride: int) -> torch.Tensor:
     """Zeros below and on the right until the stride divides both sides: [B, H, W, C] -> [B, H', W', C]."""
+    return _padded(grid, stride, 0.0)
+
+
+def _padded(grid: torch.Tensor, stride: int, value: float) -> torch.Tensor:
     height, width = grid.shape[1:3]
     if height % stride == 0 and width % stride == 0:
         return grid
-    return F.pad(grid, (0, 0, 0, -width % stride, 0, -height % stride))
+    return F.pad(grid, (0, 0, 0, -width % stride, 0, -height % stride), value=value)
 
 
 def to_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
@@ -34,3 +38,8 @@ def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
     average = to_regions(pad_grid(grid, stride), stride).mean((2, 4))
     mask = region_mask(grid, stride)
     return average if mask is None else average / mask.to(average.dtype).mean((2, 4))
+
+
+def max_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
+    """The largest value of each channel among a region's patches: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), C]."""
+    return to_regions(_padded(grid, stride, float("-inf")), stride).amax((2, 4))

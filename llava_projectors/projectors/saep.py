@@ -10,7 +10,7 @@ from torch import nn
 
 from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate, SeparableBlock
-from llava_projectors.projectors.grid import average_regions, pad_grid
+from llava_projectors.projectors.grid import average_regions, max_regions, pad_grid
 from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, sine_positions
 from llava_projectors.projectors.registration import register_projector
 
@@ -51,7 +51,8 @@ class SAEP(Projector):
             number from stride + 2. A kernel reaches over its region by (kernel_size - stride) patches.
         order: `pointwise_first` aggregates the layers on the full grid; `depthwise_first` runs
             the convolution on all L*C channels and aggregates on the reduced grid.
-        shortcut: `average` adds each region's mean to the convolution; `none` does not.
+        shortcut: what is added to the convolution, channel by channel: `average`, each region's mean;
+            `max`, its largest value; `none`, nothing.
         inner_size: width between aggregation and readout; default mm_hidden_size.
         blocks_before: residual `SeparableBlock`s on the full grid, between aggregation and stride.
         blocks_after: the same on the reduced grid, before the norm.
@@ -79,7 +80,7 @@ class SAEP(Projector):
         layers: Optional[tuple[int, ...]] = None,
         kernel_size: Optional[int] = None,
         order: Literal["pointwise_first", "depthwise_first"] = "pointwise_first",
-        shortcut: Literal["average", "none"] = "average",
+        shortcut: Literal["average", "max", "none"] = "average",
         inner_size: Optional[int] = None,
         blocks_before: int = 0,
         blocks_after: int = 0,
@@ -156,7 +157,10 @@ class SAEP(Projector):
         # Channels stay innermost in memory, so both permutations are views.
         channels_first = pad_grid(grid, self.stride).permute(0, 3, 1, 2)
         out = self.depthwise(channels_first).permute(0, 2, 3, 1)
-        return out + average_regions(grid, self.stride) if self.shortcut == "average" else out
+        if self.shortcut == "none":
+            return out
+        pool = max_regions if self.shortcut == "max" else average_regions
+        return out + pool(grid, self.stride)
 
 
 def _blocks(name: str, count: int, channels: int, dilations: tuple[int, ...]) -> nn.Sequential:
