@@ -18,11 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
-from benchmarks.spatial import contrastive, language, report, scenes, sizes, study, vision
+from benchmarks.spatial import contrastive, cost, language, report, scenes, sizes, study, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
 from benchmarks.spatial.store import CachedTower, LookingTower, Split
+from benchmarks.speed import flops
+from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -117,8 +119,8 @@ def test_no_answer_is_right_most_of_the_time():
 
 
 def test_splits_share_no_picture(tmp_path):
-    pictures = [Split(name, 50, tmp_path).scenes for name in ("train", "validation", "test")]
-    assert len({scene for scenes in pictures for scene in scenes}) == 150
+    pictures = [Split(name, 50, tmp_path).scenes for name in ("train", "validation", "test", study.TEST)]
+    assert len({scene for scenes in pictures for scene in scenes}) == 200
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +158,13 @@ def test_a_study_from_start_to_plot(quick, capsys):
         right = study.from_hex(row["correct"], int(row["questions"]))
         assert statistics.mean(right) == pytest.approx(float(row["accuracy"]), abs=1e-4)
     assert "| hidden state 7 |" in (quick / "quick.md").read_text()
-    assert "### tokenpacker, validation split, seeds: 1" in (quick / "quick.md").read_text()
+    assert "### tokenpacker, validation split" in (quick / "quick.md").read_text()
     with Image.open(quick / "quick.png") as drawn:
         assert len(drawn.convert("RGB").getcolors(2**24)) > 50
     before = (quick / "quick.csv").read_text()
     run_command("--folder", str(quick))  # nothing is left to run
     assert (quick / "quick.csv").read_text() == before
-    assert "| `tokenpacker:layers=7` | 36 |" in capsys.readouterr().out
+    assert "| `tokenpacker:layers=7` | 1 | 36 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -212,7 +214,7 @@ def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained(
             here / "language"
         )
-        seen, asked = store.Split("train", 2, here), store.Split("test", 1, here)
+        seen, asked = store.Split("train", 2, here), store.Split(study.TEST, 1, here)
         found = train.run("saep", 0, here / "vision", here / "language", seen, asked, (1, 1), 2, (1e-3, 1e-3))
         assert all(0 < loss < 20 for loss in found.losses), found
         assert sum(map(len, found.correct.values())) >= 5
@@ -220,8 +222,8 @@ def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
     environment = {**os.environ, sizes.VARIABLE: name, "PYTHONPATH": str(ROOT)}
     done = warm.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    # What captions have been matched with is no longer the tower that learned from labels.
-    assert (tmp_path / "models" / "labelled").exists() == (name == "medium")
+    # Where captions train the upper half, labels trained the lower one by itself.
+    assert (tmp_path / "models" / "lower").exists() == (name == "medium")
 
 
 def test_a_photograph_can_be_the_background(monkeypatch):
@@ -256,7 +258,7 @@ def test_the_export_is_what_llava_reads(quick, tmp_path, monkeypatch):
     command.main()
     import json
 
-    records = json.loads((tmp_path / "test-questions.json").read_text())
+    records = json.loads((tmp_path / f"{study.TEST}-questions.json").read_text())
     assert len(records) == 8
     with Image.open(tmp_path / "images" / records[0]["image"]) as drawn:
         assert drawn.size == (IMAGE_SIZE, IMAGE_SIZE)
@@ -311,7 +313,7 @@ def rows_with(accuracy, seeds=3, questions=600, of="tokenpacker"):
     rng = numpy.random.default_rng(0)
     return [
         {
-            "study": of, "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
+            "study": of, "split": "test", "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
             "questions": str(questions), "correct": study.to_hex((rng.random(questions) < rate).tolist()),
         }
         for name, rate in accuracy.items()
@@ -354,29 +356,61 @@ def test_matching_asks_for_the_right_pairs():
     assert contrastive.loss(matcher, scenes, rng).item() > 5
 
 
-def test_captions_name_letters_and_no_places():
+def test_captions_name_kinds_and_neither_letters_nor_places():
     scene = SCENES[0]
-    moved = tuple(dataclasses.replace(thing, x=thing.x + 1) for thing in scene)
-    other = (dataclasses.replace(scene[0], letter="Z" if scene[0].letter != "Z" else "A"), *scene[1:])
-    named = contrastive.names(scene)
-    assert named.sum() == len(scene)
-    assert torch.equal(contrastive.names(moved), named)
-    assert (contrastive.names(other) - named).abs().sum() == 2
+    moved = tuple(dataclasses.replace(thing, x=thing.x + 1, letter="A") for thing in scene)
+    named = contrastive.kinds(scene)
+    assert [kind for kind, there in zip(scenes.KINDS, named) if there] == sorted(
+        (thing.name for thing in scene), key=scenes.KINDS.index
+    )
+    assert torch.equal(contrastive.kinds(moved), named)
+    assert not torch.equal(contrastive.kinds(scene[1:]), named)
 
 
-def test_every_picture_has_one_that_differs_in_letters_and_places_alone():
-    scenes = contrastive.make_scenes(random.Random(0), 20)
-    for first, second in zip(scenes[:10], scenes[10:]):
-        assert [thing.name for thing in first] == [thing.name for thing in second]
-        assert first != second
-    assert len({tuple(thing.name for thing in scene) for scene in scenes}) == 10
+def test_only_the_upper_half_learns_from_captions():
+    lower = vision.make_model(vision.DENSE_LAYER).eval()
+    tower = contrastive.on_top_of(lower).eval()
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    below = lower(pixels, output_hidden_states=True).hidden_states
+    for index, expected in enumerate(below):
+        torch.testing.assert_close(states[index], expected)
+        assert not states[index].requires_grad
+    assert all(state.requires_grad for state in states[len(below) :])
+    # What the upper half writes outweighs what it was given.
+    assert (states[vision.SELECTED] - states[vision.DENSE_LAYER]).norm() > 5 * states[vision.DENSE_LAYER].norm()
+
+
+def test_what_a_type_would_cost_is_what_the_benchmark_counts():
+    stock = flops.mlp2x_gelu(24, 1024, 4096).forward
+    for name, large in (
+        ("saep", "saep"),
+        ("saep:stride=3,blocks_before=2", "saep:stride=3,blocks_before=2"),
+        (f"saep:readout_size={sizes.SIZES.llm_width // 2}", "saep:readout_size=2048"),
+        ("tokenpacker:scale_factor=3", "tokenpacker:scale_factor=3"),
+    ):
+        expected = flops.projector(Subject(large), 24, 1024, 4096).forward / stock
+        assert cost.part_of_stock(name) == pytest.approx(expected, rel=1e-6)
+    # As many queries as patches per region of 2x2, and eight layers in place of one.
+    assert cost.part_of_stock("resampler:num_queries=36") > cost.part_of_stock("resampler:num_queries=16")
+    assert cost.part_of_stock(study.STF) > cost.part_of_stock("stf:layers=4+7")
+    assert cost.part_of_stock("mlp2x_gelu") == 1
+
+
+def test_every_type_has_a_learning_rate_that_was_tried():
+    for one in study.STUDIES.values():
+        for name, rate in one.configurations:
+            assert any(rate in rates for tried, rates in study.RATES.items() if study.kind(tried) == study.kind(name))
+    assert study.at_best_rate("saep:stride=3,blocks_after=1") == (
+        ("saep:stride=3,blocks_after=1", study.BEST_RATE[study.DEEP_SAEP]),
+    )
 
 
 def test_the_learning_rates_are_those_that_the_results_show():
     found = {}
     for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss"):
         if row["study"] == study.RATE:
-            by_rate = found.setdefault(study.kind(row["type"]), {})
+            by_rate = found.setdefault(row["type"], {})
             by_rate.setdefault(float(row["learning_rate"]), []).append(float(row["accuracy"]))
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
     assert best == study.BEST_RATE

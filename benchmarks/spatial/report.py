@@ -12,6 +12,7 @@ import numpy
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.spatial.cost import part_of_stock
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
 from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind
@@ -36,6 +37,7 @@ class Results:
         chosen = [row for row in rows if row["study"] == study]
         found = {row["type"] for row in chosen}
         self.study = study
+        self.split = chosen[0]["split"]
         self.types = [one.type_string for one in STUDIES[study].configurations if one.type_string in found]
         self.tokens = {row["type"]: int(row["visual_tokens"]) for row in chosen}
         self.correct = {
@@ -92,7 +94,7 @@ def _interval(drawn: Any) -> tuple[float, float]:
 
 
 def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
-    """Tables as Markdown (returned as well) and, where types were compared, a plot, beside the CSV of this path."""
+    """Tables as Markdown (returned as well) and, where types were compared, plots, beside the CSV of this path."""
     found = [study for study in STUDIES if study != RATE and any(row["study"] == study for row in rows)]
     results = [Results(rows, study) for study in found]
     tables = [_table(one) for one in results]
@@ -101,6 +103,9 @@ def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     path.with_suffix(".md").write_text(report)
     if results:
         _plot(results, path.with_suffix(".png"))
+    for one in results:
+        if one.study == "comparison":
+            _plot_trade(one, path.with_name(f"{path.stem}-trade.png"))
     return report
 
 
@@ -144,18 +149,19 @@ def _rate_table(rows: Sequence[dict[str, str]]) -> str:
 
 def _table(results: Results) -> str:
     first = results.types[0]
-    seeds = max(len(results.correct[name]["relative"]) for name in results.types)
     lines = [
-        f"### {results.study}, {STUDIES[results.study].split} split, seeds: {seeds}",
+        f"### {results.study}, {results.split} split",
         "",
-        f"| type | tokens | mean of families | against `{first}` | position families | {' | '.join(FAMILIES)} |",
-        f"|---|---|---|---|---|{'---|' * len(FAMILIES)}",
+        f"| type | seeds | tokens | operations | mean of families | against `{first}` | position families "
+        f"| {' | '.join(FAMILIES)} |",
+        f"|---|---|---|---|---|---|---|{'---|' * len(FAMILIES)}",
     ]
     for name in results.types:
         versus = "" if name == first else _points(results.difference(name, first, "all"))
         families = (f"{results.accuracy(name, family)[0]:.1%}" for family in FAMILIES)
         whole, position = (_percent(results.accuracy(name, metric)) for metric in ("all", "position"))
-        cells = (f"`{name}`", str(results.tokens[name]), whole, versus, position, *families)
+        seeds, cost = str(len(results.correct[name]["relative"])), f"{part_of_stock(name):.2f}"
+        cells = (f"`{name}`", seeds, str(results.tokens[name]), cost, whole, versus, position, *families)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -202,10 +208,51 @@ def _plot(found: Sequence[Results], target: Path) -> None:
         labels = [f"{name}, {results.tokens[name]}" for name in results.types]
         panels[0].set_yticks(range(len(labels)), labels)
         panels[0].invert_yaxis()
-        panels[0].set_ylabel(f"{results.study}\n({STUDIES[results.study].split} split)")
+        panels[0].set_ylabel(f"{results.study}\n({results.split} split)")
     figure.suptitle("Answers that are right, % (dots: mean of the seeds; bars: 95 % interval; line: the first type)")
     figure.savefig(target, dpi=80)
     pyplot.close(figure)
+
+
+def _plot_trade(results: Results, target: Path) -> None:
+    """Accuracy against operations, a column for each number of tokens; a line from each type to the next better one."""
+    whole = max(results.tokens.values())
+    counts = sorted(set(results.tokens.values()) - {whole}, reverse=True)
+    size = (5 * len(counts) + 1, 8)
+    figure, axes = pyplot.subplots(
+        2, len(counts), squeeze=False, figsize=size, sharey="row", sharex=True, layout="constrained"
+    )
+    for row, metric in zip(axes, ("all", "position")):
+        for axis, count in zip(row, counts):
+            names = [name for name in results.types if results.tokens[name] in (count, whole)]
+            _trade(axis, [(part_of_stock(name), *results.accuracy(name, metric), name) for name in names])
+            axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
+    figure.supxlabel("operations of the projector in LLaVA-1.5 7B, as a part of mlp2x_gelu's")
+    figure.supylabel(f"answers that are right, %, {results.split} split (bars: 95 % interval)")
+    figure.savefig(target, dpi=90)
+    pyplot.close(figure)
+
+
+def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
+    frontier: list[tuple[float, float]] = []
+    for cost, *interval, name in sorted(points):
+        estimate, low, high = (100 * value for value in interval)
+        spread = [[estimate - low], [high - estimate]]
+        shown, colour = _short(name), f"C{int(kind(name) in OURS)}"
+        axis.errorbar(cost, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
+        axis.annotate(shown, (cost, estimate), (4, 4), textcoords="offset points", size=8, color=colour)
+        if not frontier or estimate > frontier[-1][1]:
+            frontier.append((cost, estimate))
+    axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
+    axis.set_xscale("log", base=2)
+    axis.margins(x=0.15)
+
+
+def _short(name: str) -> str:
+    """A type without the options that its panel or its tower decides."""
+    base, _, options = name.partition(":")
+    decided = ("stride=", "scale_factor=", "num_queries=", "layers=")
+    return "\n".join([base, *(option for option in options.split(",") if option and not option.startswith(decided))])
 
 
 def _dots(axis: Any, results: Results, metric: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Optional
 
 from PIL import Image, ImageDraw
 
@@ -74,10 +72,10 @@ class Thing:
 Scene = tuple[Thing, ...]
 
 
-def make_scene(rng: random.Random, kinds: Optional[Sequence[str]] = None) -> Scene:
-    """Objects at free positions and of free sizes, none over another; of these kinds, or of any."""
+def make_scene(rng: random.Random) -> Scene:
+    """Objects at free positions and of free sizes, none over another."""
     things: list[Thing] = []
-    for kind in kinds or rng.sample(KINDS, rng.randint(FEWEST_OBJECTS, MOST_OBJECTS)):
+    for kind in rng.sample(KINDS, rng.randint(FEWEST_OBJECTS, MOST_OBJECTS)):
         while True:
             radius = rng.randint(*SIZES.radii)
             x, y = (rng.randint(radius, IMAGE_SIZE - 1 - radius) for _ in range(2))

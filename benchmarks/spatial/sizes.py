@@ -27,7 +27,7 @@ class Sizes:
         pictures: of the training, validation and test splits.
         is_cached: whether the hidden states of all pictures go to the disk, or are computed when they are needed.
         vision_steps: of the vision tower's training with labels, 32 pictures each.
-        matching_steps: of its training with captions after that.
+        matching_steps: of its upper half's training with captions after that; 0 where labels train all of it.
         language_steps: of the LLM's, 16 dialogues each.
         steps: of stages 1 and 2.
     """
@@ -56,7 +56,8 @@ ALL_SIZES = {
         llm_width=160,
         llm_layers=6,
         llm_positions=768,
-        matching_steps=1000,
+        vision_steps=1000,
+        matching_steps=500,
         language_steps=4000,
     ),
     # Their hidden states would take 80 GB.

@@ -28,7 +28,7 @@ class Split:
     """Scenes that no other split has, from a seed of their own.
 
     Attributes:
-        name: `train`, `validation` or `test`.
+        name: of a split of the plan, which the scenes follow from.
         size: number of pictures.
         folder: where the hidden states are kept.
     """

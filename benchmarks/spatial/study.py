@@ -29,6 +29,9 @@ from benchmarks.speed.models import STOCK
 from benchmarks.table import Row, append_rows, read_rows
 from llava_projectors import registry
 
+# The first one, "test", was asked in a comparison before SAEP's blocks, STF and Delta were there.
+TEST = "test2"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,7 +39,7 @@ class Plan:
 
     Attributes:
         vision_steps: of the vision model's pre-training, 32 pictures each.
-        matching_steps: of its training with captions after that, 64 pictures each.
+        matching_steps: of its upper half's training with captions after that; 0 where labels train all of it.
         language_steps: of the LLM's, 16 dialogues each.
         pictures: of each split.
         steps: of stages 1 and 2.
@@ -50,7 +53,7 @@ class Plan:
     vision_steps: int = sizes.SIZES.vision_steps
     matching_steps: int = sizes.SIZES.matching_steps
     language_steps: int = sizes.SIZES.language_steps
-    pictures: tuple[tuple[str, int], ...] = tuple(zip(("train", "validation", "test"), sizes.SIZES.pictures))
+    pictures: tuple[tuple[str, int], ...] = tuple(zip(("train", "validation", TEST), sizes.SIZES.pictures))
     steps: tuple[int, int] = sizes.SIZES.steps
     batch: int = 8
     max_seeds: int = 3
@@ -64,11 +67,20 @@ QUICK = Plan(
     vision_steps=2,
     matching_steps=min(2, sizes.SIZES.matching_steps),
     language_steps=2,
-    pictures=(("train", 32), ("validation", 8), ("test", 8)),
+    pictures=(("train", 32), ("validation", 8), (TEST, 8)),
     steps=(2, 2),
     max_seeds=1,
     name="quick",
 )
+
+# A resampler with as many tokens as stride 2 leaves; STF on eight hidden states, as published, which are all up to the
+# selected one; SAEP of that one alone, with blocks on both sides of the stride; the same with the largest value of each
+# region beside the strided convolution.
+RESAMPLER = f"resampler:num_queries={(NUM_PATCHES_PER_SIDE // 2) ** 2}"
+STF = f"stf:layers={'+'.join(map(str, range(vision.SELECTED + 1)))}"
+TWO_LAYERS = f"{vision.DENSE_LAYER}+{vision.SELECTED}"
+DEEP_SAEP = f"saep:blocks_after=4,blocks_before=4,layers={vision.SELECTED}"
+MAX_SAEP = f"{DEEP_SAEP},shortcut=max"
 
 # Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
 # one that has a neighbour on each side. Stage 2 has one for all.
@@ -80,7 +92,11 @@ RATES = {
     "pixel_shuffle": (1e-3, 2e-3, 4e-3, 8e-3),
     "ldpv2": (2e-3, 4e-3, 8e-3),
     "c_abstractor": (1e-3, 2e-3, 4e-3),
-    "resampler": (5e-4, 1e-3, 2e-3),
+    RESAMPLER: (5e-4, 1e-3, 2e-3),
+    STF: (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "delta": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+    DEEP_SAEP: (2e-3, 4e-3, 8e-3, 1.6e-2),
+    MAX_SAEP: (4e-3, 8e-3, 1.6e-2, 3.2e-2),
 }
 BEST_RATE = {
     STOCK: 4e-3,
@@ -90,7 +106,11 @@ BEST_RATE = {
     "pixel_shuffle": 4e-3,
     "ldpv2": 4e-3,
     "c_abstractor": 2e-3,
-    "resampler": 1e-3,
+    RESAMPLER: 1e-3,
+    STF: 5e-4,
+    "delta": 2.5e-4,
+    DEEP_SAEP: 8e-3,
+    MAX_SAEP: 1.6e-2,
 }
 STAGE_2_RATE = 5e-4
 
@@ -103,8 +123,14 @@ class Configuration(NamedTuple):
 
 
 def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
-    """Types with the rates that the study of learning rates chose."""
-    return tuple(Configuration(name, BEST_RATE[kind(name)]) for name in type_strings)
+    """Types with the rates that the study of learning rates chose, for other options than theirs as well."""
+    return tuple(Configuration(name, BEST_RATE[_tried_for(name)]) for name in type_strings)
+
+
+def _tried_for(name: str) -> str:
+    if "blocks_" in name:
+        return MAX_SAEP if "shortcut=max" in name else DEEP_SAEP
+    return next(tried for tried in RATES if kind(tried) == kind(name))
 
 
 def kind(projector_type: str) -> str:
@@ -134,28 +160,21 @@ REDUCED = tuple(
     for stride in (2, 3)
     for name in (
         "saep:stride={stride}",
+        MAX_SAEP + ",stride={stride}",
         "tokenpacker:scale_factor={stride}",
         "avg_pool:stride={stride}",
         "pixel_shuffle:stride={stride}",
         "ldpv2:stride={stride}",
         "c_abstractor:stride={stride}",
         "resampler:num_queries={queries}",
+        STF + ",stride={stride}",
+        "delta:scale_factor={stride}",
     )
 )
 DEPTH = "depth"  # the rows about hidden states, of which there is no run
 RATE = "learning_rate"
 STUDIES = {
-    RATE: Study(
-        tuple(
-            Configuration(
-                f"{name}:num_queries={(NUM_PATCHES_PER_SIDE // 2) ** 2}" if name == "resampler" else name, rate
-            )
-            for name, rates in RATES.items()
-            for rate in rates
-        ),
-        seeds=1,
-        stages=1,
-    ),
+    RATE: Study(tuple(Configuration(name, rate) for name, rates in RATES.items() for rate in rates), seeds=1, stages=1),
     "saep": Study(
         at_best_rate(
             "saep",
@@ -170,7 +189,41 @@ STUDIES = {
         )
     ),
     "tokenpacker": Study(at_best_rate("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7")),
-    "comparison": Study(at_best_rate(STOCK, *REDUCED), split="test"),
+    "options": Study(
+        at_best_rate(
+            "saep",
+            "saep:shortcut=max",
+            "saep:blocks_after=2,blocks_before=2",
+            f"saep:blocks_after=8,layers={vision.SELECTED}",
+            DEEP_SAEP,
+            f"saep:blocks_after=7,blocks_before=4,layers={vision.SELECTED}",
+            f"saep:blocks_after=3,blocks_before=4,layers={TWO_LAYERS}",
+            f"saep:blocks_after=3,blocks_before=4,gate=softmax,layers={TWO_LAYERS}",
+            f"{DEEP_SAEP},positions=sine",
+            f"{DEEP_SAEP},dilations=1+2",
+            f"{DEEP_SAEP},level_kernel=3",
+            f"{DEEP_SAEP},readout_size={sizes.SIZES.llm_width // 2}",
+            MAX_SAEP,
+            f"saep:blocks_after=3,blocks_before=4,layers={TWO_LAYERS},shortcut=max",
+            "saep:stride=3",
+            "saep:shortcut=max,stride=3",
+            f"{DEEP_SAEP},stride=3",
+            f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},stride=3",
+            f"{MAX_SAEP},stride=3",
+            f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},shortcut=max,stride=3",
+            "c_abstractor",
+            "c_abstractor:stride=3",
+        )
+    ),
+    "small_width": Study(
+        at_best_rate(
+            "tokenpacker",
+            "tokenpacker:head_size=32",
+            "tokenpacker:init=scaled",
+            "tokenpacker:head_size=32,init=scaled",
+        )
+    ),
+    "comparison": Study(at_best_rate(STOCK, *REDUCED), split=TEST),
 }
 
 COLUMNS = (
@@ -225,17 +278,19 @@ def prepare(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
 
 
 def pretrain_vision(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
-    """With labels, then, where the plan has steps for it, with captions."""
-    labelled = folder / ("labelled" if plan.matching_steps else "vision")
-    if not (labelled / "config.json").exists():
-        vision.pretrain(labelled, plan.vision_steps, device=plan.device, deadline=deadline)
-    if plan.matching_steps:
-        contrastive.pretrain(labelled, folder / "vision", plan.matching_steps, device=plan.device, deadline=deadline)
+    """With labels; or the lower half with labels, then, where the plan has steps for it, the upper with captions."""
+    if not plan.matching_steps:
+        vision.pretrain(folder / "vision", plan.vision_steps, plan.device, deadline)
+        return
+    lower = folder / "lower"
+    if not (lower / "config.json").exists():
+        vision.pretrain(lower, plan.vision_steps, plan.device, deadline, layers=vision.DENSE_LAYER)
+    contrastive.pretrain(lower, folder / "vision", plan.matching_steps, plan.device, deadline)
 
 
 def probed_splits(plan: Plan, folder: Path) -> dict[str, Split]:
     """As many pictures of training and validation as are probed."""
-    return {name: Split(name, min(size, plan.probed), folder) for name, size in plan.pictures if name != "test"}
+    return {name: Split(name, min(size, plan.probed), folder) for name, size in plan.pictures if name != TEST}
 
 
 def depth_rows(plan: Plan, folder: Path) -> list[dict[str, Any]]:

@@ -81,17 +81,18 @@ def picture_labels(scene: Scene) -> torch.Tensor:
     return torch.tensor([float(kind in names) for kind in KINDS] + [float(glyph in letters) for glyph in GLYPHS])
 
 
-def make_model() -> Any:
-    """A CLIPVisionModel with random weights."""
+def make_model(layers: int = LAYERS, initializer_factor: float = 1.0) -> Any:
+    """A CLIPVisionModel with random weights, so many times larger than CLIP's."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
+        initializer_factor=initializer_factor,
     )
     return CLIPVisionModel(config)
 
@@ -101,15 +102,18 @@ def pretrain(
     steps: int,
     device: str = "cpu",
     deadline: float = math.inf,
+    layers: int = LAYERS,
 ) -> None:
     """Train on scenes made on the way, and write a checkpoint that LLaVA's tower loads.
+
+    With DENSE_LAYER layers, it is the lower half of a tower.
 
     Raises:
         TimeIsUp: at the deadline; another call goes on.
     """
     torch.manual_seed(0)
     rng = random.Random("vision")
-    model = make_model()
+    model = make_model(layers)
     heads = nn.ModuleDict({name: nn.Linear(WIDTH, 1 + number) for name, (number, _) in DENSE.items()})
     heads["picture"] = nn.Linear(WIDTH, len(KINDS) + len(GLYPHS))
     model.to(device)

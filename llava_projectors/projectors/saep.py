@@ -34,9 +34,11 @@ class SAEP(Projector):
     (H/s rounded up; padded positions are zero to the convolution and do not count in the average)
         tokens = readout(norm(y))                                    -> [B, M, D]
 
-    Further options, off by default and not measured yet, are what other projectors do and this one
-    does not. `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee
-    (arXiv 2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
+    Further options are off by default. In the first runs of the same study (table "options", one
+    seed) `shortcut=max` and the blocks are far ahead of it; three seeds and a harder study are to
+    come before it changes. `shortcut=max`: what one patch of a region says is not diluted.
+    `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
+    2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
     1907.09595), at the cost of 3x3; `level_kernel`: each layer of the tower gets a spatial filter of
     its own; `gate`: which layers matter may differ by place; `positions`: the convolution alone
     tells a token only how near the border it is; `readout_size`: at stride 2 more than half of all
