@@ -359,12 +359,12 @@ def test_matching_asks_for_the_right_pairs():
 def test_captions_name_kinds_and_neither_letters_nor_places():
     scene = SCENES[0]
     moved = tuple(dataclasses.replace(thing, x=thing.x + 1, letter="A") for thing in scene)
-    named = contrastive.kinds(scene)
+    named = vision.kind_labels(scene)
     assert [kind for kind, there in zip(scenes.KINDS, named) if there] == sorted(
         (thing.name for thing in scene), key=scenes.KINDS.index
     )
-    assert torch.equal(contrastive.kinds(moved), named)
-    assert not torch.equal(contrastive.kinds(scene[1:]), named)
+    assert torch.equal(vision.kind_labels(moved), named)
+    assert not torch.equal(vision.kind_labels(scene[1:]), named)
 
 
 def test_only_the_upper_half_learns_from_captions():
@@ -453,3 +453,30 @@ def test_documents_say_what_the_comparison_found(document):
     for (name, tokens), mean in means.items():
         if document.startswith("docs") or name in ("mlp2x_gelu", "saep", "tokenpacker"):
             assert f"{mean:.1%}".rstrip("%") in text, (name, tokens)
+
+
+def test_documents_say_what_the_options_gave():
+    rows = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == "options"]
+    results = report.Results(rows, "options")
+    deep, deepest = study.DEEP_SAEP, study.MAX_SAEP
+
+    def percent(name, metric="all"):
+        return round(100 * results.accuracy(name, metric)[0])
+
+    def points(name, other):
+        return 100 * results.difference(name, other, "all")[0]
+
+    text = (command.RESULTS.parent / "README.md").read_text()
+    letters = [percent(name, "detail") for name in ("saep", "saep:shortcut=max", "saep:stride=3")]
+    letters.append(percent("saep:shortcut=max,stride=3", "detail"))
+    assert "from {} % to {} % with a quarter of the tokens and from {} % to {} % with a ninth".format(*letters) in text
+    assert percent(deepest) == percent(f"{deepest},stride=3")
+    assert f"has {percent(deepest)} % of all answers with a quarter of the tokens and with a ninth" in text
+    assert f"{points(deepest, 'saep'):.0f} points more than today's default with a quarter" in text
+    after = points(f"saep:blocks_after=8,layers={vision.SELECTED}", "saep")
+    assert f"Blocks behind the stride alone do nothing ({after:.1f})" in text
+    narrow = points(deep, f"{deep},readout_size={sizes.SIZES.llm_width // 2}")
+    assert f"Half the readout's width costs {narrow:.1f} points" in text
+    choosing = (command.RESULTS.parents[1] / "docs" / "choosing.md").read_text()
+    assert f"{points('saep:shortcut=max', 'saep'):.0f} and {points(deepest, 'saep'):.0f} points ahead" in choosing
+    assert f"{cost.part_of_stock(deepest):.2f} of `mlp2x_gelu`'s operations" in choosing

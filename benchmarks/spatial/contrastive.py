@@ -25,7 +25,7 @@ from benchmarks.spatial.scenes import KINDS, Scene, draw, make_scene
 
 EMBEDDING_SIZE = 64
 # Of the upper half's first weights, against CLIP's. With 1, its layers add little to what they are given, and the
-# letter and place of an object can be read off the top as they can off the middle, after 300 steps too.
+# letter and place of an object can be read off the top as well as off the middle, even after 300 steps.
 INITIALIZER_FACTOR = 8.0
 # The first temperature of CLIP, 0.07, as the logarithm of its inverse, and its largest, 100.
 LOG_SCALE, MAX_LOG_SCALE = 2.66, 4.6
@@ -53,12 +53,6 @@ class Matcher(nn.Module):
         return self.log_scale.clamp(max=MAX_LOG_SCALE).exp() * pictures @ captions.T
 
 
-def kinds(scene: Scene) -> torch.Tensor:
-    """1 for each that the caption names: [len(KINDS)]."""
-    there = {thing.name for thing in scene}
-    return torch.tensor([float(kind in there) for kind in KINDS])
-
-
 def on_top_of(lower: Any) -> Any:
     """A whole tower: the lower half as it is, frozen, and a new upper one.
 
@@ -68,16 +62,15 @@ def on_top_of(lower: Any) -> Any:
     tower = vision.make_model(initializer_factor=INITIALIZER_FACTOR)
     kept = {name: value for name, value in lower.state_dict().items() if "post_layernorm" not in name}
     tower.load_state_dict(kept, strict=False)
-    ours, theirs = tower.vision_model, lower.vision_model
-    for part in (ours.embeddings, ours.pre_layrnorm, *ours.encoder.layers[: len(theirs.encoder.layers)]):
-        part.requires_grad_(False)
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(name not in kept)
     return tower
 
 
 def loss(matcher: nn.Module, scenes: list[Scene], rng: random.Random, device: str = "cpu") -> torch.Tensor:
     """Cross-entropy of the right caption for each picture, and of the right picture for each caption."""
     pixels = torch.stack([vision.pixels(draw(scene, rng)) for scene in scenes]).to(device)
-    named = torch.stack([kinds(scene) for scene in scenes]).to(device)
+    named = torch.stack([vision.kind_labels(scene) for scene in scenes]).to(device)
     scores, right = matcher(vision.normalize(pixels), named), torch.arange(len(scenes), device=device)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 

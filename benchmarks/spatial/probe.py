@@ -10,7 +10,7 @@ import numpy
 
 from benchmarks.spatial.scenes import GLYPHS, KINDS, NUM_PATCHES_PER_SIDE, PATCH_SIZE, Thing
 from benchmarks.spatial.store import Split
-from benchmarks.spatial.vision import SELECTED
+from benchmarks.spatial.vision import SELECTED, kind_labels
 
 # How near, in pixels, an object's centre has to be read off the patch that holds it.
 NEAR = 2.0
@@ -37,7 +37,7 @@ def probe(train: Split, judged: Split) -> Iterator[tuple[int, str, list[bool]]]:
             known = [t.letter if what == "letter" else t.name for t in learn]
             scores = _ridge(patches, _one_hot([names.index(name) for name in known], len(names)), ours)
             yield layer, what, [names[best] == value for best, value in zip(scores.argmax(1), values)]
-        present = [[float(kind in {t.name for t in scene}) for kind in KINDS] for scene in train.scenes]
+        present = [kind_labels(scene).tolist() for scene in train.scenes]
         scores = _ridge(pictures, numpy.array(present), whole)
         yield layer, "contents", [_ranks_right(row, judged, index) for index, row in enumerate(scores)]
 

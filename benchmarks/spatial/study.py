@@ -128,6 +128,7 @@ def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
 
 
 def _tried_for(name: str) -> str:
+    """The key of RATES whose rate a type takes; SAEP with blocks wants other rates than without."""
     if "blocks_" in name:
         return MAX_SAEP if "shortcut=max" in name else DEEP_SAEP
     return next(tried for tried in RATES if kind(tried) == kind(name))
@@ -278,7 +279,7 @@ def prepare(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
 
 
 def pretrain_vision(plan: Plan, folder: Path, deadline: float = math.inf) -> None:
-    """With labels; or the lower half with labels, then, where the plan has steps for it, the upper with captions."""
+    """All of it with labels; where the plan has matching steps, the lower half with labels, the upper with captions."""
     if not plan.matching_steps:
         vision.pretrain(folder / "vision", plan.vision_steps, plan.device, deadline)
         return

@@ -75,14 +75,20 @@ def dense_labels(scene: Scene) -> torch.Tensor:
     return labels
 
 
+def kind_labels(scene: Scene) -> torch.Tensor:
+    """Which kinds of objects the picture holds: [len(KINDS)]."""
+    names = {thing.name for thing in scene}
+    return torch.tensor([float(kind in names) for kind in KINDS])
+
+
 def picture_labels(scene: Scene) -> torch.Tensor:
     """Which kinds of objects and which letters the picture holds: [len(KINDS) + len(GLYPHS)]."""
-    names, letters = {thing.name for thing in scene}, {thing.letter for thing in scene}
-    return torch.tensor([float(kind in names) for kind in KINDS] + [float(glyph in letters) for glyph in GLYPHS])
+    letters = {thing.letter for thing in scene}
+    return torch.cat([kind_labels(scene), torch.tensor([float(glyph in letters) for glyph in GLYPHS])])
 
 
 def make_model(layers: int = LAYERS, initializer_factor: float = 1.0) -> Any:
-    """A CLIPVisionModel with random weights, so many times larger than CLIP's."""
+    """A CLIPVisionModel with random weights, `initializer_factor` times as large as CLIP's."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(

@@ -8,12 +8,8 @@ import torch
 import torch.nn.functional as F
 
 
-def pad_grid(grid: torch.Tensor, stride: int) -> torch.Tensor:
-    """Zeros below and on the right until the stride divides both sides: [B, H, W, C] -> [B, H', W', C]."""
-    return _padded(grid, stride, 0.0)
-
-
-def _padded(grid: torch.Tensor, stride: int, value: float) -> torch.Tensor:
+def pad_grid(grid: torch.Tensor, stride: int, value: float = 0.0) -> torch.Tensor:
+    """The value below and on the right until the stride divides both sides: [B, H, W, C] -> [B, H', W', C]."""
     height, width = grid.shape[1:3]
     if height % stride == 0 and width % stride == 0:
         return grid
@@ -42,4 +38,4 @@ def average_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
 
 def max_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
     """The largest value of each channel among a region's patches: [B, H, W, C] -> [B, ceil(H/s), ceil(W/s), C]."""
-    return to_regions(_padded(grid, stride, float("-inf")), stride).amax((2, 4))
+    return to_regions(pad_grid(grid, stride, float("-inf")), stride).amax((2, 4))

@@ -35,8 +35,8 @@ class SAEP(Projector):
         tokens = readout(norm(y))                                    -> [B, M, D]
 
     Further options are off by default. In the first runs of the same study (table "options", one
-    seed) `shortcut=max` and the blocks are far ahead of it; three seeds and a harder study are to
-    come before it changes. `shortcut=max`: what one patch of a region says is not diluted.
+    seed) `shortcut=max` and the blocks are far ahead of the default; it stays until three seeds and a
+    harder study confirm them. `shortcut=max`: what one patch of a region says is not diluted.
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
     2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
     1907.09595), at the cost of 3x3; `level_kernel`: each layer of the tower gets a spatial filter of
