@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
-from benchmarks.spatial import contrastive, cost, language, report, scenes, sizes, study, vision
+from benchmarks.spatial import contrastive, cost, language, optimize, report, scenes, sizes, study, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import CELLS, FAMILIES, ask, caption
 from benchmarks.spatial.scenes import COLOURS, GLYPHS, IMAGE_SIZE, draw, make_scene
@@ -184,6 +184,32 @@ def test_a_study_that_was_cut_off_is_as_one_that_was_not(quick, tmp_path):
         assert float(found["stage1_loss"]) == pytest.approx(float(expected["stage1_loss"]), rel=1e-3)
 
 
+def train_a_little(path, stops_at=None):
+    """Four steps of a regression whose data are drawn on the way; perhaps killed before the third."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    def loss_of(step):
+        if step == stops_at:
+            raise KeyboardInterrupt
+        return (weight * torch.randn(3) - rng.random()).square().sum()
+
+    pause = optimize.Pause(path / "training.unfinished", rng)
+    return optimize.minimize(loss_of, [weight], 4, 0.1, pause=pause), pause.path
+
+
+def test_a_killed_training_goes_on_where_it_was_last_saved(tmp_path, monkeypatch):
+    expected, _ = train_a_little(tmp_path)
+    monkeypatch.setattr(optimize, "SAVE_EVERY", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train_a_little(tmp_path, stops_at=2)
+    monkeypatch.setattr(optimize, "SAVE_EVERY", 3600.0)
+    values, path = train_a_little(tmp_path, stops_at=0)  # the first step is not taken again
+    assert values == expected
+    assert not path.exists()
+
+
 @pytest.mark.slow
 def test_pictures_that_are_looked_at_give_the_cached_hidden_states(quick):
     from transformers import CLIPVisionModel
@@ -204,11 +230,14 @@ def test_a_larger_study_runs(name, pictures, tokens, tmp_path):
         import dataclasses
         from pathlib import Path
         import transformers
-        from benchmarks.spatial import language, store, study, train
+        from benchmarks.spatial import language, scenes, store, study, train
         assert study.FULL.name == {name!r} and study.FULL.pictures[0] == ("train", {pictures})
         assert study.visual_tokens(study.STOCK) == {tokens}
         here = Path("models")
         here.mkdir()
+        # The most points of the fullest scene have a place each, in however few.
+        for places in range(language.FEWEST_PLACES, language.MOST_PLACES + 1):
+            assert scenes.MOST_OBJECTS * (2 + places // 16) <= places, places
         once = dataclasses.replace(study.QUICK, vision_steps=1, matching_steps=min(1, study.QUICK.matching_steps))
         study.pretrain_vision(once, here)
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.config_values())).save_pretrained(

@@ -18,9 +18,12 @@ class TimeIsUp(Exception):
     """The deadline has come; what is unfinished goes on in another run."""
 
 
+SAVE_EVERY = 120.0  # seconds; what a killed process loses at most
+
+
 @dataclass(frozen=True)
 class Pause:
-    """How a training stops at a deadline, and goes on as if it had not.
+    """How a training stops at a deadline or is killed, and goes on as if it had not.
 
     Attributes:
         path: where its state waits meanwhile.
@@ -57,14 +60,18 @@ def minimize(
     values: list[float] = []
     if pause is not None and pause.path.exists():
         values = _restore(pause, parameters, optimizer, schedule)
-    first = len(values)
+    first, saved_at = len(values), time.time()
     progress = tqdm(
         range(first, steps), desc=description, unit=" step", initial=first, total=steps, disable=description is None
     )
     for step in progress:
-        if pause is not None and step > first and time.time() > pause.deadline:
-            _save(pause, parameters, optimizer, schedule, values)
-            raise TimeIsUp(f"{description}: {step} of {steps} steps are done")
+        if pause is not None and step > first:
+            is_up = time.time() > pause.deadline
+            if is_up or time.time() - saved_at > SAVE_EVERY:
+                _save(pause, parameters, optimizer, schedule, values)
+                saved_at = time.time()
+            if is_up:
+                raise TimeIsUp(f"{description}: {step} of {steps} steps are done")
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
