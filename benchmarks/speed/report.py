@@ -133,18 +133,7 @@ def print_report(rows: Iterable[Row]) -> None:
         suite, measure, dtype, batch, images = name
         more = f", {images} images per prompt" if images != "1" else ""
         print(f"\n{suite}: {measure}, {dtype}, batch {batch}{more}")
-        header = (
-            "type",
-            "implementation",
-            "tokens",
-            "median",
-            "ratio (quartiles)",
-            "FLOP ratio",
-            "GFLOP",
-            "x bound",
-            "peak MiB",
-        )
-        print_columns([header, *(_cells(row) for row in group)], "  ")
+        print_columns([HEADER, *(_cells(row) for row in group)], "  ")
     targets = list(target_lines(rows))
     if targets and rows[0]["plan"] != "quick":
         print()

@@ -47,8 +47,10 @@ class SeparableBlock(nn.Module):
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Shapes as above."""
         parts = self.norm(grid).permute(0, 3, 1, 2).split(self.sizes, dim=1)
-        convolved = torch.cat([layer(part) for layer, part in zip(self.depthwise, parts)], dim=1)
-        return grid + self.pointwise(F.gelu(convolved.permute(0, 2, 3, 1)))
+        convolved = [layer(part) for layer, part in zip(self.depthwise, parts)]
+        # torch.cat copies even a single tensor.
+        joined = torch.cat(convolved, dim=1) if len(convolved) > 1 else convolved[0]
+        return grid + self.pointwise(F.gelu(joined.permute(0, 2, 3, 1)))
 
 
 class LevelConvolution(nn.Module):
