@@ -426,6 +426,30 @@ def test_what_a_type_would_cost_is_what_the_benchmark_counts():
     assert cost.part_of_stock("mlp2x_gelu") == 1
 
 
+def test_a_type_in_7b_has_the_depth_and_the_sizes_of_7b():
+    assert cost.in_7b("mlp2x_gelu") == "mlp2x_gelu"
+    assert cost.in_7b("resampler:num_queries=36") == "resampler:num_queries=144"
+    assert cost.in_7b(f"{study.NARROW_SAEP},stride=3") == (
+        "saep:blocks_after=4,blocks_before=4,layers=23,shortcut=max,inner_size=512,stride=3"
+    )
+    assert cost.in_7b(study.STF) == "stf:layers=0+3+6+9+13+16+19+23"
+
+
+def test_every_compared_type_was_timed(tmp_path, monkeypatch):
+    times = cost.times()
+    for name in cost.compared():
+        for what, batch in cost.MEASURES:
+            middle, low, high = times[name, what, batch]
+            assert 0 < low <= middle <= high, name
+    monkeypatch.setattr(cost, "compared", lambda: ["mlp2x_gelu", "avg_pool"])
+    monkeypatch.setattr(cost, "MEASURES", (("forward", 1), ("forward+backward", 1)))
+    monkeypatch.setattr(sys, "argv", ["cost", "--csv", str(tmp_path / "times.csv"), "--seconds", "0"])
+    cost.main()
+    found = cost.times(tmp_path / "times.csv")
+    assert set(found) == {(name, what, 1) for name in cost.compared() for what, _ in cost.MEASURES}
+    assert found["mlp2x_gelu", "forward", 1] == (1, 1, 1)
+
+
 def test_every_type_has_a_learning_rate_that_was_tried():
     for one in study.STUDIES.values():
         for name, rate in one.configurations:
@@ -506,6 +530,12 @@ def test_documents_say_what_the_options_gave():
     assert f"Blocks behind the stride alone do nothing ({after:.1f})" in text
     narrow = points(deep, f"{deep},readout_size={sizes.SIZES.llm_width // 2}")
     assert f"Half the readout's width costs {narrow:.1f} points" in text
+    one, narrow = ([percent(name), percent(f"{name},stride=3")] for name in (study.ONE_BEFORE, study.NARROW_SAEP))
+    assert "has {} % with a quarter of the tokens and {} % with a ninth, ".format(*one) in text
+    assert "half the inner width {} % and {} %".format(*narrow) in text
+    other = percent("c_abstractor"), percent("c_abstractor:stride=3")
+    assert "`c_abstractor` has {} % and {} % in the same runs".format(*other) in text
     choosing = (command.RESULTS.parents[1] / "docs" / "choosing.md").read_text()
-    assert f"{points('saep:shortcut=max', 'saep'):.0f} and {points(deepest, 'saep'):.0f} points ahead" in choosing
-    assert f"{cost.part_of_stock(deepest):.2f} of `mlp2x_gelu`'s operations" in choosing
+    ahead = [points(name, "saep") for name in ("saep:shortcut=max", study.ONE_BEFORE)]
+    assert "{:.0f} and {:.0f} points ahead".format(*ahead) in choosing
+    assert f"{cost.part_of_stock(study.ONE_BEFORE):.2f} of `mlp2x_gelu`'s operations" in choosing

@@ -1,39 +1,133 @@
-"""What a type of the study would cost in LLaVA-1.5 7B: operations of a forward pass of the projector."""
+"""What a type of the study would cost in LLaVA-1.5 7B: operations and time of the projector alone.
+
+`python -m benchmarks.spatial.cost` measures the time of every type that the study compares, all interleaved.
+"""
 
 from __future__ import annotations
 
+import argparse
+import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
+from benchmarks import measure
 from benchmarks.spatial import sizes, vision
 from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE
+from benchmarks.spatial.study import STUDIES
+from benchmarks.speed.candidates import Subject
 from benchmarks.speed.flops import mlp2x_gelu
 from benchmarks.speed.models import STOCK
+from benchmarks.speed.run import choose_device
+from benchmarks.speed.suites import forward_backward, make_projector, without_grad
+from benchmarks.table import Row, read_rows, write_rows
 from llava_projectors import registry
 
 SIDE, WIDTH, HIDDEN_SIZE = 24, 1024, 4096  # of CLIP ViT-L/14 at 336 px and Vicuna-7B
+SELECTED = 23  # the hidden state of CLIP ViT-L that LLaVA's --mm_vision_select_layer -2 names
 # Options that are sizes of the study's own models: by how much they grow.
 GROWTH = {
     "num_queries": (SIDE / NUM_PATCHES_PER_SIDE) ** 2,
     "inner_size": WIDTH / vision.WIDTH,
     "readout_size": HIDDEN_SIZE / sizes.SIZES.llm_width,
 }
+TIMES = Path(__file__).parents[1] / "results" / "projector-time.csv"
+TIMED = ("comparison", "options")  # the studies whose types are timed
+MEASURES = (("forward", 1), ("forward", 8), ("forward+backward", 8))  # and the images in a batch
+
+
+@cache
+def in_7b(type_string: str) -> str:
+    """The type with the sizes and layers that it would have there."""
+    if type_string == STOCK:
+        return STOCK
+    spec = registry.parse_spec(type_string)
+    grown = {name: round(value * GROWTH[name]) for name, value in spec.options.items() if name in GROWTH}
+    if "layers" in spec.options:
+        grown["layers"] = tuple(layer * SELECTED // vision.SELECTED for layer in spec.options["layers"])
+    return str(replace(spec, options={**spec.options, **grown}))
 
 
 @cache
 def part_of_stock(type_string: str) -> float:
-    """Operations of the type as a part of `mlp2x_gelu`'s, as torch counts them."""
+    """Operations of a forward pass of the type as a part of `mlp2x_gelu`'s, as torch counts them."""
     if type_string == STOCK:
         return 1.0
-    spec = registry.parse_spec(type_string)
-    grown = {name: round(value * GROWTH[name]) for name, value in spec.options.items() if name in GROWTH}
-    large = replace(spec, options={**spec.options, **grown})
     with torch.device("meta"):
-        projector = registry.build_projector(str(large), WIDTH, HIDDEN_SIZE)
+        projector = registry.build_projector(in_7b(type_string), WIDTH, HIDDEN_SIZE)
         features = torch.empty(1, SIDE**2, projector.num_levels * WIDTH)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         projector(features)
     return counter.get_total_flops() / mlp2x_gelu(SIDE, WIDTH, HIDDEN_SIZE).forward
+
+
+def compared() -> list[str]:
+    """Every type that is compared with others or is an option of SAEP, with the sizes of 7B."""
+    names = [one.type_string for study in TIMED for one in STUDIES[study].configurations]
+    return list(dict.fromkeys(map(in_7b, [STOCK, *names])))
+
+
+@cache
+def _features(batch: int, num_levels: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(batch, SIDE**2, num_levels * WIDTH, device=device)
+
+
+def rows(device: torch.device, seconds: float) -> Iterator[Row]:
+    """The time of every type, interleaved, in float32, for each of `MEASURES`."""
+    with device:
+        projectors = {name: make_projector(Subject(name), WIDTH, HIDDEN_SIZE) for name in compared()}
+    facts = measure.machine(device)
+    for what, batch in tqdm(MEASURES, unit=" group"):
+        functions = {}
+        for name, projector in projectors.items():
+            features = _features(batch, getattr(projector, "num_levels", 1), device)
+            trained, _ = forward_backward(projector, features)
+            functions[name] = without_grad(projector, features) if what == "forward" else trained
+        times = measure.interleave(functions, device, seconds)
+        for name in projectors:
+            low, middle, high = measure.quartiles([a / b for a, b in zip(times[name], times[STOCK])])
+            yield {
+                "type": name,
+                "measure": what,
+                "batch": batch,
+                "rounds": len(times[name]),
+                "median_s": f"{statistics.median(times[name]):.5g}",
+                **{key: f"{value:.4g}" for key, value in (("ratio_q1", low), ("ratio", middle), ("ratio_q3", high))},
+                **facts,
+            }
+
+
+def times(path: Path = TIMES) -> dict[tuple[str, str, int], tuple[float, float, float]]:
+    """What was measured: type in 7B, measure and batch -> median and quartiles of the time against `mlp2x_gelu`'s."""
+    return {
+        (row["type"], row["measure"], int(row["batch"])): (
+            float(row["ratio"]),
+            float(row["ratio_q1"]),
+            float(row["ratio_q3"]),
+        )
+        for row in read_rows(path, "ratio")
+    }
+
+
+def main() -> None:
+    """Parse the command line, measure, write the CSV."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.spatial.cost", description=__doc__)
+    parser.add_argument("--csv", type=Path, default=TIMES, help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each type and measure, about (%(default)s)")
+    arguments = parser.parse_args()
+    try:
+        device = choose_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
+    write_rows(arguments.csv, list(rows(device, arguments.seconds)))
+    print(f"Written: {arguments.csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import numpy
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.spatial.cost import part_of_stock
+from benchmarks.spatial import cost
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
 from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind
@@ -99,7 +99,7 @@ def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     results = [Results(rows, study) for study in found]
     tables = [_table(one) for one in results]
     tables += [_lead_table(one) for one in results if one.study == "comparison"]
-    report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables)
+    report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables) + _cost_table(results)
     path.with_suffix(".md").write_text(report)
     if results:
         _plot(results, path.with_suffix(".png"))
@@ -160,8 +160,8 @@ def _table(results: Results) -> str:
         versus = "" if name == first else _points(results.difference(name, first, "all"))
         families = (f"{results.accuracy(name, family)[0]:.1%}" for family in FAMILIES)
         whole, position = (_percent(results.accuracy(name, metric)) for metric in ("all", "position"))
-        seeds, cost = str(len(results.correct[name]["relative"])), f"{part_of_stock(name):.2f}"
-        cells = (f"`{name}`", seeds, str(results.tokens[name]), cost, whole, versus, position, *families)
+        seeds, operations = str(len(results.correct[name]["relative"])), f"{cost.part_of_stock(name):.2f}"
+        cells = (f"`{name}`", seeds, str(results.tokens[name]), operations, whole, versus, position, *families)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -183,6 +183,24 @@ def _lead_table(results: Results) -> str:
         )
         lines.append(f"| {' | '.join([f'`{name}`', str(results.tokens[name]), *leads])} |")
     return "\n".join([*lines, ""])
+
+
+def _cost_table(found: Sequence[Results]) -> str:
+    """Operations and times of what was compared, for a model of a real size."""
+    times = cost.times()
+    names = dict.fromkeys(name for results in found if results.study in cost.TIMED for name in results.types)
+    measures = [f"time, {what}, batch {batch}" for what, batch in cost.MEASURES]
+    lines = [
+        f"### The projector alone in LLaVA-1.5 7B, against `{STOCK}`",
+        "",
+        f"| type there | operations | {' | '.join(measures)} |",
+        f"|---|---|{'---|' * len(measures)}",
+    ]
+    for name in names:
+        large = cost.in_7b(name)
+        measured = ("{:.2f} ({:.2f} to {:.2f})".format(*times[large, what, batch]) for what, batch in cost.MEASURES)
+        lines.append(f"| `{large}` | {' | '.join([f'{cost.part_of_stock(name):.2f}', *measured])} |")
+    return "\n".join(["", *lines, ""]) if names else ""
 
 
 def _percent(interval: Interval) -> str:
@@ -215,7 +233,8 @@ def _plot(found: Sequence[Results], target: Path) -> None:
 
 
 def _plot_trade(results: Results, target: Path) -> None:
-    """Accuracy against operations, a column for each number of tokens; a line from each type to the next better one."""
+    """Accuracy against time, a column for each number of tokens; a line from each type to the next better one."""
+    times, (what, batch) = cost.times(), cost.MEASURES[-1]
     whole = max(results.tokens.values())
     counts = sorted(set(results.tokens.values()) - {whole}, reverse=True)
     size = (5 * len(counts) + 1, 8)
@@ -225,9 +244,14 @@ def _plot_trade(results: Results, target: Path) -> None:
     for row, metric in zip(axes, ("all", "position")):
         for axis, count in zip(row, counts):
             names = [name for name in results.types if results.tokens[name] in (count, whole)]
-            _trade(axis, [(part_of_stock(name), *results.accuracy(name, metric), name) for name in names])
+            points = [
+                (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), name) for name in names
+            ]
+            _trade(axis, points)
             axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
-    figure.supxlabel("operations of the projector in LLaVA-1.5 7B, as a part of mlp2x_gelu's")
+    figure.supxlabel(
+        f"time of the projector in LLaVA-1.5 7B on a CPU ({what}, batch {batch}), as a part of mlp2x_gelu's"
+    )
     figure.supylabel(f"answers that are right, %, {results.split} split (bars: 95 % interval)")
     figure.savefig(target, dpi=90)
     pyplot.close(figure)
@@ -235,16 +259,17 @@ def _plot_trade(results: Results, target: Path) -> None:
 
 def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
     frontier: list[tuple[float, float]] = []
-    for cost, *interval, name in sorted(points):
+    for time, *interval, name in sorted(points):
         estimate, low, high = (100 * value for value in interval)
         spread = [[estimate - low], [high - estimate]]
         shown, colour = _short(name), f"C{int(kind(name) in OURS)}"
-        axis.errorbar(cost, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        axis.annotate(shown, (cost, estimate), (4, 4), textcoords="offset points", size=8, color=colour)
+        axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
+        axis.annotate(shown, (time, estimate), (4, 4), textcoords="offset points", size=8, color=colour)
         if not frontier or estimate > frontier[-1][1]:
-            frontier.append((cost, estimate))
+            frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.15)
 
 

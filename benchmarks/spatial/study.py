@@ -81,6 +81,10 @@ STF = f"stf:layers={'+'.join(map(str, range(vision.SELECTED + 1)))}"
 TWO_LAYERS = f"{vision.DENSE_LAYER}+{vision.SELECTED}"
 DEEP_SAEP = f"saep:blocks_after=4,blocks_before=4,layers={vision.SELECTED}"
 MAX_SAEP = f"{DEEP_SAEP},shortcut=max"
+# The same with half the width between aggregation and readout.
+NARROW_SAEP = f"{MAX_SAEP},inner_size={vision.WIDTH // 2}"
+# One block on the full grid, where a block costs most.
+ONE_BEFORE = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED},shortcut=max"
 
 # Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
 # one that has a neighbour on each side. Stage 2 has one for all.
@@ -205,12 +209,16 @@ STUDIES = {
             f"{DEEP_SAEP},level_kernel=3",
             f"{DEEP_SAEP},readout_size={sizes.SIZES.llm_width // 2}",
             MAX_SAEP,
+            NARROW_SAEP,
+            ONE_BEFORE,
             f"saep:blocks_after=3,blocks_before=4,layers={TWO_LAYERS},shortcut=max",
             "saep:stride=3",
             "saep:shortcut=max,stride=3",
             f"{DEEP_SAEP},stride=3",
             f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},stride=3",
             f"{MAX_SAEP},stride=3",
+            f"{NARROW_SAEP},stride=3",
+            f"{ONE_BEFORE},stride=3",
             f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},shortcut=max,stride=3",
             "c_abstractor",
             "c_abstractor:stride=3",
