@@ -185,7 +185,7 @@ def test_a_study_that_was_cut_off_is_as_one_that_was_not(quick, tmp_path):
 
 
 def train_a_little(path, stops_at=None):
-    """Four steps of a regression whose data are drawn on the way; perhaps killed before the third."""
+    """Four steps of a regression whose data are drawn on the way, killed at the step `stops_at` if that is given."""
     torch.manual_seed(0)
     rng = random.Random(0)
     weight = torch.nn.Parameter(torch.ones(3))

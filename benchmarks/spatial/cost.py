@@ -40,6 +40,8 @@ TIMES = Path(__file__).parents[1] / "results" / "projector-time.csv"
 TIMED = ("comparison", "options")  # the studies whose types are timed
 MEASURES = (("forward", 1), ("forward", 8), ("forward+backward", 8))  # and the images in a batch
 
+Times = dict[tuple[str, str, int], tuple[float, float, float]]
+
 
 @cache
 def in_7b(type_string: str) -> str:
@@ -72,22 +74,21 @@ def compared() -> list[str]:
     return list(dict.fromkeys(map(in_7b, [STOCK, *names])))
 
 
-@cache
-def _features(batch: int, num_levels: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(batch, SIDE**2, num_levels * WIDTH, device=device)
-
-
 def rows(device: torch.device, seconds: float) -> Iterator[Row]:
     """The time of every type, interleaved, in float32, for each of `MEASURES`."""
     with device:
         projectors = {name: make_projector(Subject(name), WIDTH, HIDDEN_SIZE) for name in compared()}
     facts = measure.machine(device)
     for what, batch in tqdm(MEASURES, unit=" group"):
-        functions = {}
-        for name, projector in projectors.items():
-            features = _features(batch, getattr(projector, "num_levels", 1), device)
-            trained, _ = forward_backward(projector, features)
-            functions[name] = without_grad(projector, features) if what == "forward" else trained
+        levels = {name: getattr(projector, "num_levels", 1) for name, projector in projectors.items()}
+        # Types that read equally many layers read the same tensor.
+        features = {count: torch.randn(batch, SIDE**2, count * WIDTH, device=device) for count in set(levels.values())}
+        functions = {
+            name: without_grad(projector, features[levels[name]])
+            if what == "forward"
+            else forward_backward(projector, features[levels[name]])[0]
+            for name, projector in projectors.items()
+        }
         times = measure.interleave(functions, device, seconds)
         for name in projectors:
             low, middle, high = measure.quartiles([a / b for a, b in zip(times[name], times[STOCK])])
@@ -102,7 +103,7 @@ def rows(device: torch.device, seconds: float) -> Iterator[Row]:
             }
 
 
-def times(path: Path = TIMES) -> dict[tuple[str, str, int], tuple[float, float, float]]:
+def times(path: Path = TIMES) -> Times:
     """What was measured: type in 7B, measure and batch -> median and quartiles of the time against `mlp2x_gelu`'s."""
     return {
         (row["type"], row["measure"], int(row["batch"])): (
@@ -112,6 +113,11 @@ def times(path: Path = TIMES) -> dict[tuple[str, str, int], tuple[float, float, 
         )
         for row in read_rows(path, "ratio")
     }
+
+
+def machine(path: Path = TIMES) -> str:
+    """What the times were measured on."""
+    return str(read_rows(path, "ratio")[0]["machine"])
 
 
 def main() -> None:

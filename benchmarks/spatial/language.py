@@ -39,8 +39,8 @@ IGNORE = -100  # label of a position without a loss, as in LLaVA
 # No word before an answer: the last word of a question is the object it is about, and one step of
 # attention finds that. With LLaVA's "ASSISTANT:" between, a model of this size learns much later.
 SPECIAL = ("<pad>", "<s>", "</s>", "USER:")
-# Tokens in the place of a picture, what is seen stands in any of them: from some more than the three points of each
-# object that `scene_batch` may show then, up to as many as the full grid has.
+# Tokens in the place of a picture; what is seen stands in any of them. The fewest hold the three points of each object
+# that `scene_batch` shows then at most, and two more; the most are as many as the full grid has.
 FEWEST_PLACES, MOST_PLACES = 3 * MOST_OBJECTS + 2, NUM_PATCHES_PER_SIDE**2
 POSITIONS = 5  # words of position on each axis; what lies between two is a mixture of them
 MOST_BLUR = 2.0  # of what is seen, in standard deviations

@@ -13,17 +13,16 @@ from typing import Any, Callable, Optional
 import torch
 from tqdm import tqdm
 
+SAVE_EVERY = 120.0  # seconds; what a killed process loses at most
+
 
 class TimeIsUp(Exception):
     """The deadline has come; what is unfinished goes on in another run."""
 
 
-SAVE_EVERY = 120.0  # seconds; what a killed process loses at most
-
-
 @dataclass(frozen=True)
 class Pause:
-    """How a training stops at a deadline or is killed, and goes on as if it had not.
+    """How a training that a deadline stops, or that is killed, goes on as if it had not been stopped.
 
     Attributes:
         path: where its state waits meanwhile.

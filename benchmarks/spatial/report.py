@@ -99,13 +99,14 @@ def write_report(rows: Sequence[dict[str, str]], path: Path) -> str:
     results = [Results(rows, study) for study in found]
     tables = [_table(one) for one in results]
     tables += [_lead_table(one) for one in results if one.study == "comparison"]
-    report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables) + _cost_table(results)
+    times = cost.times()
+    report = _depth_table(rows) + _rate_table(rows) + "\n".join(tables) + _cost_table(results, times)
     path.with_suffix(".md").write_text(report)
     if results:
         _plot(results, path.with_suffix(".png"))
     for one in results:
         if one.study == "comparison":
-            _plot_trade(one, path.with_name(f"{path.stem}-trade.png"))
+            _plot_trade(one, times, path.with_name(f"{path.stem}-trade.png"))
     return report
 
 
@@ -185,9 +186,8 @@ def _lead_table(results: Results) -> str:
     return "\n".join([*lines, ""])
 
 
-def _cost_table(found: Sequence[Results]) -> str:
+def _cost_table(found: Sequence[Results], times: cost.Times) -> str:
     """Operations and times of what was compared, for a model of a real size."""
-    times = cost.times()
     names = dict.fromkeys(name for results in found if results.study in cost.TIMED for name in results.types)
     measures = [f"time, {what}, batch {batch}" for what, batch in cost.MEASURES]
     lines = [
@@ -232,9 +232,9 @@ def _plot(found: Sequence[Results], target: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_trade(results: Results, target: Path) -> None:
+def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
     """Accuracy against time, a column for each number of tokens; a line from each type to the next better one."""
-    times, (what, batch) = cost.times(), cost.MEASURES[-1]
+    what, batch = cost.MEASURES[-1]
     whole = max(results.tokens.values())
     counts = sorted(set(results.tokens.values()) - {whole}, reverse=True)
     size = (5 * len(counts) + 1, 8)
@@ -250,7 +250,7 @@ def _plot_trade(results: Results, target: Path) -> None:
             _trade(axis, points)
             axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
     figure.supxlabel(
-        f"time of the projector in LLaVA-1.5 7B on a CPU ({what}, batch {batch}), as a part of mlp2x_gelu's"
+        f"time of the projector in LLaVA-1.5 7B ({what}, batch {batch}) as a part of {STOCK}'s, on {cost.machine()}"
     )
     figure.supylabel(f"answers that are right, %, {results.split} split (bars: 95 % interval)")
     figure.savefig(target, dpi=90)

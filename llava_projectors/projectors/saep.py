@@ -35,7 +35,7 @@ class SAEP(Projector):
         tokens = readout(norm(y))                                    -> [B, M, D]
 
     Further options are off by default. In the first runs of the same study (table "options", one
-    seed) `shortcut=max` and the blocks are far ahead of the default; it stays until three seeds and a
+    seed) `shortcut=max` and the blocks are far ahead. The default stays until three seeds and a
     harder study confirm them. `shortcut=max`: what one patch of a region says is not diluted.
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
     2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
