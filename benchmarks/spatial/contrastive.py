@@ -47,8 +47,8 @@ class Matcher(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(LOG_SCALE))
 
     def forward(self, pixels: torch.Tensor, named: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, 3, H, W], and what each caption names [B, len(KINDS)]."""
-        pictures = F.normalize(self.picture(self.tower(pixels).pooler_output), dim=-1)
+        """Pixels [B, 3, H, W], uint8, and what each caption names [B, len(KINDS)]."""
+        pictures = F.normalize(self.picture(vision.see(self.tower, pixels).pooler_output), dim=-1)
         captions = F.normalize(self.kinds(named / named.sum(-1, keepdim=True)), dim=-1)
         return self.log_scale.clamp(max=MAX_LOG_SCALE).exp() * pictures @ captions.T
 
@@ -71,7 +71,7 @@ def loss(matcher: nn.Module, scenes: list[Scene], rng: random.Random, device: st
     """Cross-entropy of the right caption for each picture, and of the right picture for each caption."""
     pixels = torch.stack([vision.pixels(draw(scene, rng)) for scene in scenes]).to(device)
     named = torch.stack([vision.kind_labels(scene) for scene in scenes]).to(device)
-    scores, right = matcher(vision.normalize(pixels), named), torch.arange(len(scenes), device=device)
+    scores, right = matcher(pixels, named), torch.arange(len(scenes), device=device)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 

@@ -1,6 +1,7 @@
 """What a type of the study would cost in LLaVA-1.5 7B: operations and time of the projector alone.
 
-`python -m benchmarks.spatial.cost` measures the time of every type that the study compares, all interleaved.
+`python -m benchmarks.spatial.cost` measures the time of every type that the study compares, a few at a time,
+interleaved with `mlp2x_gelu`.
 """
 
 from __future__ import annotations
@@ -37,22 +38,25 @@ GROWTH = {
     "readout_size": HIDDEN_SIZE / sizes.SIZES.llm_width,
 }
 TIMES = Path(__file__).parents[1] / "results" / "projector-time.csv"
-TIMED = ("comparison", "options")  # the studies whose types are timed
-MEASURES = (("forward", 1), ("forward", 8), ("forward+backward", 8))  # and the images in a batch
+TIMED = ("comparison", "finalists", "options")  # the studies whose types are timed
+MEASURES = (("forward", 1), ("forward+backward", 2))  # and the images in a batch
+GROUP = 6  # types that are interleaved; with more, a slow minute of the machine falls between two of a round
 
 Times = dict[tuple[str, str, int], tuple[float, float, float]]
 
 
 @cache
 def in_7b(type_string: str) -> str:
-    """The type with the sizes and layers that it would have there."""
+    """The type with the sizes and layers that it would have there, without options that say what is so anyway."""
     if type_string == STOCK:
         return STOCK
     spec = registry.parse_spec(type_string)
-    grown = {name: round(value * GROWTH[name]) for name, value in spec.options.items() if name in GROWTH}
-    if "layers" in spec.options:
-        grown["layers"] = tuple(layer * SELECTED // vision.SELECTED for layer in spec.options["layers"])
-    return str(replace(spec, options={**spec.options, **grown}))
+    defaults = registry.resolve(spec.name).options
+    options = {name: value for name, value in spec.options.items() if value != defaults[name]}
+    grown = {name: round(value * GROWTH[name]) for name, value in options.items() if name in GROWTH}
+    if "layers" in options:
+        grown["layers"] = tuple(layer * SELECTED // vision.SELECTED for layer in options["layers"])
+    return str(replace(spec, options={**options, **grown}))
 
 
 @cache
@@ -74,38 +78,44 @@ def compared() -> list[str]:
     return list(dict.fromkeys(map(in_7b, [STOCK, *names])))
 
 
-def rows(device: torch.device, seconds: float) -> Iterator[Row]:
-    """The time of every type, interleaved, in float32, for each of `MEASURES`."""
+def rows(device: torch.device, seconds: float) -> Iterator[list[Row]]:
+    """The times of `GROUP` types after the other, interleaved with `mlp2x_gelu`, in float32, for each of `MEASURES`."""
+    names = [name for name in compared() if name != STOCK]
+    groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
+    for group in tqdm(groups, unit=" group"):
+        yield [row for what, batch in MEASURES for row in _rows_of(group, what, batch, device, seconds)]
+
+
+def _rows_of(names: list[str], what: str, batch: int, device: torch.device, seconds: float) -> Iterator[Row]:
     with device:
-        projectors = {name: make_projector(Subject(name), WIDTH, HIDDEN_SIZE) for name in compared()}
-    facts = measure.machine(device)
-    for what, batch in tqdm(MEASURES, unit=" group"):
-        levels = {name: getattr(projector, "num_levels", 1) for name, projector in projectors.items()}
-        # Types that read equally many layers read the same tensor.
-        features = {count: torch.randn(batch, SIDE**2, count * WIDTH, device=device) for count in set(levels.values())}
-        functions = {
-            name: without_grad(projector, features[levels[name]])
-            if what == "forward"
-            else forward_backward(projector, features[levels[name]])[0]
-            for name, projector in projectors.items()
+        projectors = {name: make_projector(Subject(name), WIDTH, HIDDEN_SIZE) for name in (STOCK, *names)}
+    levels = {name: getattr(projector, "num_levels", 1) for name, projector in projectors.items()}
+    # Types that read equally many layers read the same tensor.
+    features = {count: torch.randn(batch, SIDE**2, count * WIDTH, device=device) for count in set(levels.values())}
+    functions = {
+        name: without_grad(projector, features[levels[name]])
+        if what == "forward"
+        else forward_backward(projector, features[levels[name]])[0]
+        for name, projector in projectors.items()
+    }
+    measured = measure.interleave(functions, device, seconds)
+    for name in names:
+        low, middle, high = measure.quartiles([a / b for a, b in zip(measured[name], measured[STOCK])])
+        yield {
+            "type": name,
+            "measure": what,
+            "batch": batch,
+            "rounds": len(measured[name]),
+            "median_s": f"{statistics.median(measured[name]):.5g}",
+            "stock_median_s": f"{statistics.median(measured[STOCK]):.5g}",
+            **{key: f"{value:.4g}" for key, value in (("ratio_q1", low), ("ratio", middle), ("ratio_q3", high))},
+            **measure.machine(device),
         }
-        times = measure.interleave(functions, device, seconds)
-        for name in projectors:
-            low, middle, high = measure.quartiles([a / b for a, b in zip(times[name], times[STOCK])])
-            yield {
-                "type": name,
-                "measure": what,
-                "batch": batch,
-                "rounds": len(times[name]),
-                "median_s": f"{statistics.median(times[name]):.5g}",
-                **{key: f"{value:.4g}" for key, value in (("ratio_q1", low), ("ratio", middle), ("ratio_q3", high))},
-                **facts,
-            }
 
 
 def times(path: Path = TIMES) -> Times:
     """What was measured: type in 7B, measure and batch -> median and quartiles of the time against `mlp2x_gelu`'s."""
-    return {
+    found = {
         (row["type"], row["measure"], int(row["batch"])): (
             float(row["ratio"]),
             float(row["ratio_q1"]),
@@ -113,6 +123,7 @@ def times(path: Path = TIMES) -> Times:
         )
         for row in read_rows(path, "ratio")
     }
+    return {**{(STOCK, what, batch): (1.0, 1.0, 1.0) for _, what, batch in found}, **found}
 
 
 def machine(path: Path = TIMES) -> str:
@@ -131,7 +142,12 @@ def main() -> None:
         device = choose_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
-    write_rows(arguments.csv, list(rows(device, arguments.seconds)))
+    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+    measured: list[Row] = []
+    for group in rows(device, arguments.seconds):
+        measured += group
+        write_rows(arguments.csv.with_suffix(".unfinished"), measured)
+    arguments.csv.with_suffix(".unfinished").replace(arguments.csv)
     print(f"Written: {arguments.csv}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.spatial.optimize import Pause, minimize
+from benchmarks.spatial.optimize import Pause, minimize, mixed_precision
 from benchmarks.spatial.questions import CELLS, FAMILIES, Turn, ask, caption
 from benchmarks.spatial.scenes import (
     COLOURS,
@@ -205,7 +205,9 @@ def _loss(model: Any, step: int, steps: int, scenes: list[Scene], rng: random.Ra
         turns = [[("", caption(scene)), *dialogue] for scene, dialogue in zip(scenes, turns)]
     # Exact at first, or nothing is learned; then ever less so, or no projector comes near enough to begin with.
     difficulty = min(1.0, max(0.0, (step / steps - 0.4) / 0.3))
-    loss: torch.Tensor = model(**scene_batch(model, scenes, turns, rng, difficulty)).loss
+    batch = scene_batch(model, scenes, turns, rng, difficulty)
+    with mixed_precision(model.device):
+        loss: torch.Tensor = model(**batch).loss
     return loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -12,6 +13,8 @@ from typing import Any, Callable, Optional
 
 import torch
 from tqdm import tqdm
+
+from benchmarks import measure
 
 SAVE_EVERY = 120.0  # seconds; what a killed process loses at most
 
@@ -33,6 +36,17 @@ class Pause:
     path: Path
     rng: random.Random
     deadline: float = math.inf
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """The precision of pre-training: matrix products in bfloat16 where the device has instructions for them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device))
+
+
+@functools.lru_cache
+def _has_bfloat16(device: torch.device) -> bool:
+    kept, _ = measure.without_slow_dtypes([torch.bfloat16], device)
+    return bool(kept)
 
 
 def minimize(

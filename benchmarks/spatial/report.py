@@ -188,7 +188,7 @@ def _lead_table(results: Results) -> str:
 
 def _cost_table(found: Sequence[Results], times: cost.Times) -> str:
     """Operations and times of what was compared, for a model of a real size."""
-    names = dict.fromkeys(name for results in found if results.study in cost.TIMED for name in results.types)
+    names = {cost.in_7b(name): name for results in found if results.study in cost.TIMED for name in results.types}
     measures = [f"time, {what}, batch {batch}" for what, batch in cost.MEASURES]
     lines = [
         f"### The projector alone in LLaVA-1.5 7B, against `{STOCK}`",
@@ -196,8 +196,7 @@ def _cost_table(found: Sequence[Results], times: cost.Times) -> str:
         f"| type there | operations | {' | '.join(measures)} |",
         f"|---|---|{'---|' * len(measures)}",
     ]
-    for name in names:
-        large = cost.in_7b(name)
+    for large, name in names.items():
         measured = ("{:.2f} ({:.2f} to {:.2f})".format(*times[large, what, batch]) for what, batch in cost.MEASURES)
         lines.append(f"| `{large}` | {' | '.join([f'{cost.part_of_stock(name):.2f}', *measured])} |")
     return "\n".join(["", *lines, ""]) if names else ""
@@ -264,7 +263,9 @@ def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) 
         spread = [[estimate - low], [high - estimate]]
         shown, colour = _short(name), f"C{int(kind(name) in OURS)}"
         axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        axis.annotate(shown, (time, estimate), (4, 4), textcoords="offset points", size=8, color=colour)
+        # A long label hangs below its point, or it would leave the panel.
+        below = "top" if "\n" in shown else "baseline"
+        axis.annotate(shown, (time, estimate), (4, 4), textcoords="offset points", size=8, color=colour, va=below)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)

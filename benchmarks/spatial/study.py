@@ -85,6 +85,10 @@ MAX_SAEP = f"{DEEP_SAEP},shortcut=max"
 NARROW_SAEP = f"{MAX_SAEP},inner_size={vision.WIDTH // 2}"
 # One block on the full grid, where a block costs most.
 ONE_BEFORE = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED},shortcut=max"
+# The same on SAEP's default layers, on two of them, and with half the width.
+EVERY_LAYER = "saep:blocks_after=4,blocks_before=1,shortcut=max"
+ONE_BEFORE_TWO_LAYERS = f"saep:blocks_after=4,blocks_before=1,layers={TWO_LAYERS},shortcut=max"
+NARROW_EVERY_LAYER = f"{EVERY_LAYER},inner_size={vision.WIDTH // 2}"
 
 # Learning rates of stage 1 that the study `learning_rate` tries: neighbours on a grid of factors of two, up to a best
 # one that has a neighbour on each side. Stage 2 has one for all.
@@ -131,6 +135,11 @@ def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
     return tuple(Configuration(name, BEST_RATE[_tried_for(name)]) for name in type_strings)
 
 
+def with_stride(name: str, stride: int) -> str:
+    """The type with that stride, which is no option of it yet."""
+    return f"{name}{',' if ':' in name else ':'}stride={stride}"
+
+
 def _tried_for(name: str) -> str:
     """The key of RATES whose rate a type takes; SAEP with blocks wants other rates than without."""
     if "blocks_" in name:
@@ -165,7 +174,7 @@ REDUCED = tuple(
     for stride in (2, 3)
     for name in (
         "saep:stride={stride}",
-        MAX_SAEP + ",stride={stride}",
+        ONE_BEFORE_TWO_LAYERS + ",stride={stride}",
         "tokenpacker:scale_factor={stride}",
         "avg_pool:stride={stride}",
         "pixel_shuffle:stride={stride}",
@@ -222,6 +231,24 @@ STUDIES = {
             f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},shortcut=max,stride=3",
             "c_abstractor",
             "c_abstractor:stride=3",
+        )
+    ),
+    # What the options left, at both scales.
+    "finalists": Study(
+        at_best_rate(
+            *(
+                with_stride(name, stride)
+                for stride in (2, 3)
+                for name in (
+                    "saep",
+                    "saep:shortcut=max",
+                    ONE_BEFORE,
+                    ONE_BEFORE_TWO_LAYERS,
+                    EVERY_LAYER,
+                    NARROW_EVERY_LAYER,
+                    "c_abstractor",
+                )
+            )
         )
     ),
     "small_width": Study(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks.spatial.optimize import Pause, minimize
+from benchmarks.spatial.optimize import Pause, minimize, mixed_precision
 from benchmarks.spatial.scenes import (
     COLOURS,
     GLYPHS,
@@ -149,9 +149,15 @@ def save(model: Any, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def see(model: Any, images: torch.Tensor) -> Any:
+    """Outputs of a tower in training."""
+    with mixed_precision(model.device):
+        return model(normalize(images), output_hidden_states=True)
+
+
 def _loss(model: Any, heads: nn.ModuleDict, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
     images = torch.stack([pixels(draw(scene, rng)) for scene in scenes]).to(model.device)
-    out = model(normalize(images), output_hidden_states=True)
+    out = see(model, images)
     patches = out.hidden_states[DENSE_LAYER][:, 1:].flatten(0, 1)
     labels = torch.stack([dense_labels(scene) for scene in scenes], dim=1).flatten(1).to(model.device)
     loss = sum(
