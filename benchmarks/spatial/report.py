@@ -263,9 +263,9 @@ def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) 
         spread = [[estimate - low], [high - estimate]]
         shown, colour = _short(name), f"C{int(kind(name) in OURS)}"
         axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        # A long label hangs below its point, or it would leave the panel.
-        below = "top" if "\n" in shown else "baseline"
-        axis.annotate(shown, (time, estimate), (4, 4), textcoords="offset points", size=8, color=colour, va=below)
+        # A long label hangs to the left of its point, where the cheap types leave room.
+        side = {"xytext": (-4, 4), "ha": "right", "va": "top"} if "\n" in shown else {"xytext": (4, 4)}
+        axis.annotate(shown, (time, estimate), **side, textcoords="offset points", size=8, color=colour)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
