@@ -79,7 +79,7 @@ def compared() -> list[str]:
 
 
 def rows(device: torch.device, seconds: float) -> Iterator[list[Row]]:
-    """The times of `GROUP` types after the other, interleaved with `mlp2x_gelu`, in float32, for each of `MEASURES`."""
+    """The times of every type, `GROUP` at a time, interleaved with `mlp2x_gelu`, in float32, for each of `MEASURES`."""
     names = [name for name in compared() if name != STOCK]
     groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
     for group in tqdm(groups, unit=" group"):
