@@ -85,7 +85,7 @@ MAX_SAEP = f"{DEEP_SAEP},shortcut=max"
 NARROW_SAEP = f"{MAX_SAEP},inner_size={vision.WIDTH // 2}"
 # One block on the full grid, where a block costs most.
 ONE_BEFORE = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED},shortcut=max"
-# The same on SAEP's default layers, on two of them, and with half the width.
+# One block on SAEP's default layers; on two layers; on the default layers with half the width.
 EVERY_LAYER = "saep:blocks_after=4,blocks_before=1,shortcut=max"
 ONE_BEFORE_TWO_LAYERS = f"saep:blocks_after=4,blocks_before=1,layers={TWO_LAYERS},shortcut=max"
 NARROW_EVERY_LAYER = f"{EVERY_LAYER},inner_size={vision.WIDTH // 2}"
@@ -136,7 +136,7 @@ def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
 
 
 def with_stride(name: str, stride: int) -> str:
-    """The type with that stride, which is no option of it yet."""
+    """The type with that stride; the type string must not name one."""
     return f"{name}{',' if ':' in name else ':'}stride={stride}"
 
 
