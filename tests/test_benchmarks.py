@@ -72,6 +72,7 @@ def test_projector_flops_are_those_of_torchs_counter(subject, batch):
     [
         "blocks_before=1,blocks_after=2,dilations=1+2",
         "level_kernel=3",
+        "level_norm=layer",
         "gate=softmax,level_kernel=5,stride=3",
         "order=depthwise_first,level_kernel=3,blocks_after=1",
         "readout_size=80,positions=sine",

@@ -123,7 +123,13 @@ def naive_saep(p, x):
         return value
 
     for index, level in enumerate(p.levels):
-        if hasattr(level, "depthwise"):
+        if not list(level.parameters()):
+            normalised = [
+                (block - block.mean(-1, keepdim=True)) / torch.sqrt(block.var(-1, keepdim=True, unbiased=False) + 1e-6)
+                for block in grid.chunk(p.num_levels, -1)
+            ]
+            grid = torch.cat(normalised, -1)
+        elif hasattr(level, "depthwise"):
             grid = grid + convolve(grid, f"levels.{index}.depthwise")
         else:
             scores = layer_norm(grid, f"levels.{index}.norm") @ weights[f"levels.{index}.score.weight"].T
@@ -221,6 +227,8 @@ SAEP_OPTIONS = [
     "saep:order=depthwise_first,blocks_after=1,dilations=2",
     "saep:level_kernel=3",
     "saep:gate=softmax,level_kernel=5,stride=4",
+    "saep:level_norm=layer,layers=3+7,shortcut=max",
+    "saep:level_norm=layer,gate=softmax,level_kernel=3,order=depthwise_first",
     "saep:positions=sine,readout_size=24,inner_size=20",
 ]
 
@@ -411,6 +419,16 @@ def test_layers_option_sets_the_input_width():
     assert build_projector("saep:layers=3+7+11", 10, 8).aggregate.in_features == 30
 
 
+def test_no_layer_outweighs_another_where_each_is_normalised():
+    """One layer a hundred times as large, as the last ones of a tower are; without the option, that changes all."""
+    projectors = {norm: build_projector(f"saep:layers=3+7,level_norm={norm}", 16, 8) for norm in ("layer", "none")}
+    features = features_for(projectors["layer"])
+    louder = torch.cat([features[..., :16], 100 * features[..., 16:]], dim=-1)
+    errors = {norm: relative_error(projector(louder), projector(features)) for norm, projector in projectors.items()}
+    assert errors["layer"] < 1e-4 < 0.1 < errors["none"]
+    assert projectors["layer"].state_dict().keys() == projectors["none"].state_dict().keys()
+
+
 def test_bad_sizes_are_explained():
     with pytest.raises(ProjectorSpecError, match="'saep:stride=4,kernel_size=3'.*kernel_size=3 leaves patches out"):
         build_projector("saep:stride=4,kernel_size=3")
@@ -431,6 +449,7 @@ def test_bad_sizes_are_explained():
         ("dilations=2+x,blocks_after=1", r"bad value '2\+x' for option 'dilations'"),
         ("level_kernel=4", "level_kernel=4 must be an odd number, or 0 for none"),
         ("level_kernel=-3", "level_kernel=-3 must be an odd number, or 0 for none"),
+        ("level_norm=batch", "bad value 'batch' for option 'level_norm'.*valid values are none, layer"),
         ("gate=sigmoid", "bad value 'sigmoid' for option 'gate'.*valid values are none, softmax"),
         ("positions=learned", "bad value 'learned' for option 'positions'.*valid values are none, sine"),
     ],

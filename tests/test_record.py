@@ -24,6 +24,7 @@ OPTIONS = {
     "blocks_before": 0,
     "blocks_after": 0,
     "dilations": [1],
+    "level_norm": "none",
     "level_kernel": 0,
     "gate": "none",
     "positions": "none",

@@ -6,6 +6,10 @@ caption of a picture among those of a batch (arXiv 2103.00020, section 2.3). So 
 half learns from labels. The upper half begins with random weights that outweigh what the lower one
 says, and learns from captions alone. They name the kinds of objects, neither letters nor places.
 What a caption does not need is lost there, as `probe` shows.
+
+Such weights leave hidden states eight times as large as the lower half's. A projector without a
+norm would have to be trained with other learning rates for that alone, so `scale_stream` brings
+them back: the tower does the same with smaller hidden states.
 """
 
 from __future__ import annotations
@@ -75,6 +79,30 @@ def loss(matcher: nn.Module, scenes: list[Scene], rng: random.Random, device: st
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
 
+def scale_stream(tower: Any, factor: float) -> None:
+    """Make every hidden state of a CLIPVisionModel `factor` times as large, and nothing else.
+
+    All that reads the residual stream normalises it first, so scaling all that writes to it is enough.
+    """
+    model = tower.vision_model
+    writers = [model.pre_layrnorm]
+    for layer in model.encoder.layers:
+        writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+    with torch.no_grad():
+        for writer in writers:
+            writer.weight.mul_(factor)
+            writer.bias.mul_(factor)
+
+
+@torch.no_grad()
+def growth(tower: Any, scenes: list[Scene], rng: random.Random) -> float:
+    """How much larger the selected hidden state is than the lower half's last, as a ratio of root mean squares."""
+    pixels = torch.stack([vision.pixels(draw(scene, rng)) for scene in scenes]).to(tower.device)
+    states = vision.see(tower, pixels).hidden_states
+    middle, selected = (states[layer].float().square().mean().sqrt() for layer in (vision.DENSE_LAYER, vision.SELECTED))
+    return (selected / middle).item()
+
+
 def pretrain(
     lower: Path,
     folder: Path,
@@ -102,4 +130,5 @@ def pretrain(
         description="matching captions",
         pause=Pause(folder.with_suffix(".unfinished"), rng, deadline),
     )
+    scale_stream(matcher.tower, 1 / growth(matcher.tower, [make_scene(rng) for _ in range(BATCH)], rng))
     vision.save(matcher.tower, folder)

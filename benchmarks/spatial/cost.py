@@ -1,14 +1,14 @@
 """What a type of the study would cost in LLaVA-1.5 7B: operations and time of the projector alone.
 
-`python -m benchmarks.spatial.cost` measures the time of every type that the study compares, a few at a time,
-interleaved with `mlp2x_gelu`.
+`python -m benchmarks.spatial.cost` measures the time of every type that the study compares and its CSV lacks, a few at
+a time, interleaved with `mlp2x_gelu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from benchmarks.speed.flops import mlp2x_gelu
 from benchmarks.speed.models import STOCK
 from benchmarks.speed.run import choose_device
 from benchmarks.speed.suites import forward_backward, make_projector, without_grad
-from benchmarks.table import Row, read_rows, write_rows
+from benchmarks.table import Row, append_rows, read_rows
 from llava_projectors import registry
 
 SIDE, WIDTH, HIDDEN_SIZE = 24, 1024, 4096  # of CLIP ViT-L/14 at 336 px and Vicuna-7B
@@ -73,14 +73,13 @@ def part_of_stock(type_string: str) -> float:
 
 
 def compared() -> list[str]:
-    """Every type that is compared with others or is an option of SAEP, with the sizes of 7B."""
+    """Every type that is compared with others or is an option of SAEP, with the sizes of 7B, but for `mlp2x_gelu`."""
     names = [one.type_string for study in TIMED for one in STUDIES[study].configurations]
-    return list(dict.fromkeys(map(in_7b, [STOCK, *names])))
+    return [name for name in dict.fromkeys(map(in_7b, names)) if name != STOCK]
 
 
-def rows(device: torch.device, seconds: float) -> Iterator[list[Row]]:
-    """The times of every type, `GROUP` at a time, interleaved with `mlp2x_gelu`, in float32, for each of `MEASURES`."""
-    names = [name for name in compared() if name != STOCK]
+def rows(names: Sequence[str], device: torch.device, seconds: float) -> Iterator[list[Row]]:
+    """The times of these types for each of `MEASURES`, `GROUP` at a time, interleaved with `mlp2x_gelu`, in float32."""
     groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
     for group in tqdm(groups, unit=" group"):
         yield [row for what, batch in MEASURES for row in _rows_of(group, what, batch, device, seconds)]
@@ -134,7 +133,7 @@ def machine(path: Path = TIMES) -> str:
 def main() -> None:
     """Parse the command line, measure, write the CSV."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spatial.cost", description=__doc__)
-    parser.add_argument("--csv", type=Path, default=TIMES, help="(%(default)s)")
+    parser.add_argument("--csv", type=Path, default=TIMES, help="what it has is not measured again (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each type and measure, about (%(default)s)")
     arguments = parser.parse_args()
@@ -142,12 +141,9 @@ def main() -> None:
         device = choose_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    measured: list[Row] = []
-    for group in rows(device, arguments.seconds):
-        measured += group
-        write_rows(arguments.csv.with_suffix(".unfinished"), measured)
-    arguments.csv.with_suffix(".unfinished").replace(arguments.csv)
+    known = {name for name, _, _ in times(arguments.csv)} if arguments.csv.exists() else set()
+    for group in rows([name for name in compared() if name not in known], device, arguments.seconds):
+        append_rows(arguments.csv, group, list(group[0]))
     print(f"Written: {arguments.csv}")
 
 

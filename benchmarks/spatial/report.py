@@ -38,7 +38,9 @@ class Results:
         found = {row["type"] for row in chosen}
         self.study = study
         self.split = chosen[0]["split"]
-        self.types = [one.type_string for one in STUDIES[study].configurations if one.type_string in found]
+        # In the order of the study; what another scale alone compares comes last.
+        order = {one.type_string: place for place, one in enumerate(STUDIES[study].configurations)}
+        self.types = sorted(found, key=lambda name: (order.get(name, len(order)), name))
         self.tokens = {row["type"]: int(row["visual_tokens"]) for row in chosen}
         self.correct = {
             name: {
@@ -240,14 +242,17 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
     figure, axes = pyplot.subplots(
         2, len(counts), squeeze=False, figsize=size, sharey="row", sharex=True, layout="constrained"
     )
+    labels, explained = _labels(results.types)
     for row, metric in zip(axes, ("all", "position")):
         for axis, count in zip(row, counts):
             names = [name for name in results.types if results.tokens[name] in (count, whole)]
             points = [
-                (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), name) for name in names
+                (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), labels[name])
+                for name in names
             ]
             _trade(axis, points)
             axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
+    figure.suptitle("\n".join(explained), size=8)
     figure.supxlabel(
         f"time of the projector in LLaVA-1.5 7B ({what}, batch {batch}) as a part of {STOCK}'s, on {cost.machine()}"
     )
@@ -258,14 +263,12 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
 
 def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
     frontier: list[tuple[float, float]] = []
-    for time, *interval, name in sorted(points):
+    for time, *interval, label in sorted(points):
         estimate, low, high = (100 * value for value in interval)
         spread = [[estimate - low], [high - estimate]]
-        shown, colour = _short(name), f"C{int(kind(name) in OURS)}"
+        colour = f"C{int(label.partition(' ')[0] in OURS)}"
         axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        # A long label hangs to the left of its point, where the cheap types leave room.
-        side = {"xytext": (-4, 4), "ha": "right", "va": "top"} if "\n" in shown else {"xytext": (4, 4)}
-        axis.annotate(shown, (time, estimate), **side, textcoords="offset points", size=8, color=colour)
+        axis.annotate(label, (time, estimate), xytext=(4, 4), textcoords="offset points", size=8, color=colour)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
@@ -274,11 +277,18 @@ def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) 
     axis.margins(x=0.15)
 
 
-def _short(name: str) -> str:
-    """A type without the options that its panel or its tower decides."""
-    base, _, options = name.partition(":")
+def _labels(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """For each type its kind, with a letter for options that neither panel nor tower decides; what letters mean."""
     decided = ("stride=", "scale_factor=", "num_queries=", "layers=")
-    return "\n".join([base, *(option for option in options.split(",") if option and not option.startswith(decided))])
+    labels: dict[str, str] = {}
+    letters: dict[str, str] = {}
+    for name in names:
+        options = [option for option in name.partition(":")[2].split(",") if option and not option.startswith(decided)]
+        labels[name] = kind(name)
+        if options:
+            explained = f"{kind(name)}: {', '.join(options)}"
+            labels[name] += f" {letters.setdefault(explained, chr(ord('a') + len(letters)))}"
+    return labels, [f"{letter}, {explained}" for explained, letter in letters.items()]
 
 
 def _dots(axis: Any, results: Results, metric: str) -> None:

@@ -56,9 +56,10 @@ ALL_SIZES = {
         llm_width=160,
         llm_layers=6,
         llm_positions=768,
-        vision_steps=1000,
+        vision_steps=2000,
         matching_steps=500,
         language_steps=4000,
+        steps=(2000, 600),
     ),
     # Their hidden states would take 80 GB.
     "large": Sizes(

@@ -16,7 +16,7 @@ import torch
 from benchmarks.speed.candidates import NAIVE, STOCK, Subject
 from llava_projectors import registry
 from llava_projectors.projectors.base import Projector
-from llava_projectors.projectors.convolutions import LevelConvolution
+from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate
 from llava_projectors.projectors.layers import DepthwiseConv2d
 from llava_projectors.projectors.saep import SAEP
 from llava_projectors.projectors.tokenpacker import TokenPacker
@@ -71,7 +71,7 @@ def saep(model: SAEP, num_patches_per_side: int) -> Flops:
     patches, tokens = num_patches_per_side**2, _tokens(model, num_patches_per_side)
     pointwise_first = model.order == "pointwise_first"
     # Features have no gradient; what a learned layer made of them has one.
-    learned = len(model.levels) > 0
+    learned = any(True for _ in model.levels.parameters())
     work = _levels(model, patches)
     work += linear(patches if pointwise_first else tokens, channels, inner, input_grad=learned or not pointwise_first)
     work += depthwise(tokens, model.depthwise, input_grad=learned or pointwise_first)
@@ -89,7 +89,7 @@ def _levels(model: SAEP, patches: int) -> Flops:
     for layer in model.levels:
         if isinstance(layer, LevelConvolution):
             work += depthwise(patches, layer.depthwise, input_grad=False)
-        else:
+        elif isinstance(layer, LevelGate):
             work += linear(patches, model.num_levels * model.mm_hidden_size, model.num_levels)
     return work
 

@@ -53,6 +53,24 @@ class SeparableBlock(nn.Module):
         return grid + self.pointwise(F.gelu(joined.permute(0, 2, 3, 1)))
 
 
+class LevelNorm(nn.Module):
+    """Normalises each layer of the tower by itself, at each patch: [B, H, W, L*C] -> the same.
+
+    A tower's residual stream grows with depth, so side by side the last layers outweigh those in
+    the middle. COMM (arXiv 2310.08825) has a linear layer and then a norm for each. Ours is a
+    LayerNorm without weights, before the one linear layer that reads all of them.
+    """
+
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        self.num_levels = num_levels
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        """Shapes as above."""
+        levels = grid.unflatten(-1, (self.num_levels, -1))
+        return F.layer_norm(levels, levels.shape[-1:], eps=1e-6).flatten(-2)
+
+
 class LevelConvolution(nn.Module):
     """x + depthwise(x) on all layers of the tower: [B, H, W, L*C] -> the same.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llava_projectors.projectors.base import Projector, multi_level_layers
-from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate, SeparableBlock
+from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate, LevelNorm, SeparableBlock
 from llava_projectors.projectors.grid import average_regions, max_regions, pad_grid
 from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, sine_positions
 from llava_projectors.projectors.registration import register_projector
@@ -35,15 +35,16 @@ class SAEP(Projector):
         tokens = readout(norm(y))                                    -> [B, M, D]
 
     Further options are off by default. In the same study (table "comparison") one block before the
-    stride, four behind it and `shortcut=max` on two layers are ahead of every other type. The
-    default stays until a harder study confirms them. `shortcut=max`: what one patch of a region
-    says is not diluted.
+    stride, four behind it, `shortcut=max` and `level_norm=layer` on two layers are ahead of every
+    other type. The default stays until a harder study has been run with the other types.
+    `shortcut=max`: what one patch of a region says is not diluted;
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
     2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
-    1907.09595), at the cost of 3x3; `level_kernel`: each layer of the tower gets a spatial filter of
-    its own; `gate`: which layers matter may differ by place; `positions`: the convolution alone
-    tells a token only how near the border it is; `readout_size`: at stride 2 more than half of all
-    operations are there.
+    1907.09595), at the cost of 3x3; `level_norm`: no layer of the tower outweighs another by its
+    magnitude, as in COMM (arXiv 2310.08825); `level_kernel`: each layer of the tower gets a spatial
+    filter of its own; `gate`: which layers matter may differ by place; `positions`: the convolution
+    alone tells a token only how near the border it is; `readout_size`: at stride 2 more than half
+    of all operations are there.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
@@ -60,8 +61,9 @@ class SAEP(Projector):
         blocks_before: residual `SeparableBlock`s on the full grid, between aggregation and stride.
         blocks_after: the same on the reduced grid, before the norm.
         dilations: of the 3x3 kernels in these blocks; several divide the channels among them.
+        level_norm: `layer` normalises each layer of the tower by itself (`LevelNorm`), before everything else.
         level_kernel: side, an odd number, of a depthwise convolution beside a shortcut on all L*C
-            channels before everything else; 0 for none.
+            channels, behind `level_norm`; 0 for none.
         gate: `softmax` weighs the layers at each patch by a learned score, equal at the start.
         positions: `sine` adds `sine_positions` to what the readout reads.
         readout_size: inner width of the readout; default hidden_size.
@@ -88,6 +90,7 @@ class SAEP(Projector):
         blocks_before: int = 0,
         blocks_after: int = 0,
         dilations: tuple[int, ...] = (1,),
+        level_norm: Literal["none", "layer"] = "none",
         level_kernel: int = 0,
         gate: Literal["none", "softmax"] = "none",
         positions: Literal["none", "sine"] = "none",
@@ -125,6 +128,8 @@ class SAEP(Projector):
         self.readout = TwoLayerMLP(self.inner_size, hidden_size, self.readout_size)
         # Without their options, these are empty: no parameter, no name, no random number drawn.
         self.levels = nn.Sequential()
+        if level_norm == "layer":
+            self.levels.append(LevelNorm(self.num_levels))
         if level_kernel:
             self.levels.append(LevelConvolution(in_channels, level_kernel))
         if gate == "softmax":
