@@ -465,7 +465,7 @@ def test_a_type_in_7b_has_the_depth_and_the_sizes_of_7b():
     assert cost.in_7b(study.STF) == "stf:layers=0+3+6+9+13+16+19+23"
 
 
-def test_every_compared_type_was_timed(tmp_path, monkeypatch):
+def test_every_compared_type_was_timed(tmp_path, monkeypatch, capsys):
     times = cost.times()
     for name in cost.compared():
         for what, batch in cost.MEASURES:
@@ -486,6 +486,11 @@ def test_every_compared_type_was_timed(tmp_path, monkeypatch):
     assert set(found) == {(name, what, 1) for name in ("mlp2x_gelu", *types) for what, _ in cost.MEASURES}
     assert len(read_rows(path, "ratio")) == 4
     assert found["mlp2x_gelu", "forward", 1] == (1, 1, 1)
+    # Times of two machines are never one table.
+    path.write_text(path.read_text().replace(cost.machine(path), "another machine"))
+    with pytest.raises(SystemExit):
+        cost.main()
+    assert "has times of another machine" in capsys.readouterr().err
 
 
 def test_every_type_has_a_learning_rate_that_was_tried():

@@ -141,7 +141,11 @@ def main() -> None:
         device = choose_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
-    known = {name for name, _, _ in times(arguments.csv)} if arguments.csv.exists() else set()
+    earlier = read_rows(arguments.csv, "ratio") if arguments.csv.exists() else []
+    here = measure.machine(device)["machine"]
+    if any(row["machine"] != here for row in earlier):
+        parser.error(f"{arguments.csv} has times of {machine(arguments.csv)}, this is {here}: pass another --csv")
+    known = {row["type"] for row in earlier}
     for group in rows([name for name in compared() if name not in known], device, arguments.seconds):
         append_rows(arguments.csv, group, list(group[0]))
     print(f"Written: {arguments.csv}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -43,7 +43,7 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=_has_bfloat16(device))
 
 
-@functools.lru_cache
+@cache
 def _has_bfloat16(device: torch.device) -> bool:
     kept, _ = measure.without_slow_dtypes([torch.bfloat16], device)
     return bool(kept)

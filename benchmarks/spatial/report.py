@@ -247,10 +247,9 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
         for axis, count in zip(row, counts):
             names = [name for name in results.types if results.tokens[name] in (count, whole)]
             points = [
-                (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), labels[name])
-                for name in names
+                (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), name) for name in names
             ]
-            _trade(axis, points)
+            _trade(axis, points, labels)
             axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
     figure.suptitle("\n".join(explained), size=8)
     figure.supxlabel(
@@ -261,14 +260,14 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
+def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]], labels: dict[str, str]) -> None:
     frontier: list[tuple[float, float]] = []
-    for time, *interval, label in sorted(points):
+    for time, *interval, name in sorted(points):
         estimate, low, high = (100 * value for value in interval)
         spread = [[estimate - low], [high - estimate]]
-        colour = f"C{int(label.partition(' ')[0] in OURS)}"
+        colour = f"C{int(kind(name) in OURS)}"
         axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        axis.annotate(label, (time, estimate), xytext=(4, 4), textcoords="offset points", size=8, color=colour)
+        axis.annotate(labels[name], (time, estimate), xytext=(4, 4), textcoords="offset points", size=8, color=colour)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
