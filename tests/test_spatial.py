@@ -502,15 +502,21 @@ def test_every_type_has_a_learning_rate_that_was_tried():
     )
 
 
-def test_the_learning_rates_are_those_that_the_results_show():
+@pytest.mark.parametrize(("scale", "results"), [("small", "spatial.csv"), ("medium", "spatial-medium.csv")])
+def test_the_learning_rates_are_those_that_the_results_show(scale, results):
     found = {}
-    for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss"):
-        if row["study"] == study.RATE:
+    for row in read_rows(command.RESULTS / results, "stage1_loss"):
+        if row["study"] == study.RATE and row["type"] in study.ALL_RATES[scale]:
             by_rate = found.setdefault(row["type"], {})
             by_rate.setdefault(float(row["learning_rate"]), []).append(float(row["accuracy"]))
+    assert {name: tuple(sorted(by_rate)) for name, by_rate in found.items()} == study.ALL_RATES[scale]
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in found.items()}
-    assert best == study.BEST_RATE
-    assert all(min(study.RATES[name]) < rate < max(study.RATES[name]) for name, rate in best.items())
+    assert best == study.ALL_BEST_RATES[scale]
+
+
+def test_the_best_learning_rates_of_the_small_scale_have_neighbours():
+    for name, rates in study.ALL_RATES["small"].items():
+        assert min(rates) < study.ALL_BEST_RATES["small"][name] < max(rates)
 
 
 def test_a_report_of_learning_rates_alone(tmp_path):
@@ -576,13 +582,32 @@ def test_documents_say_what_the_harder_scale_found():
     assert "position falls from {} % to {} %".format(*falls("position")) in text
     assert "letters from {} % to {} %".format(*falls("letter")) in text
     assert "stay ({} % and {} %)".format(*falls("contents")) in text
-    results = report.Results(rows, "finalists")
-    for name in (study.NORMED, "c_abstractor"):
+    finalists = report.Results(rows, "finalists")
+    for name in (study.NORMED, study.NORMED_ONE_LAYER):
         found = [
-            f"{100 * results.accuracy(study.with_stride(name, 2), metric)[0]:.1f} %"
-            for metric in ("all", "position", "detail")
+            f"{100 * finalists.accuracy(study.with_stride(name, 2), metric)[0]:.1f} %" for metric in ("all", "detail")
         ]
         assert all(figure in text for figure in found), found
+    results = report.Results(rows, "comparison")
+    for name in results.types:
+        row = [f"{100 * results.accuracy(name, metric)[0]:.1f} %" for metric in ("all", "position", "detail")]
+        assert f"| {results.tokens[name]} | {' | '.join(row)} |" in text, name
+    rates = {}
+    for row in rows:
+        if row["study"] == study.RATE:
+            rates.setdefault((row["type"], float(row["learning_rate"])), []).append(float(row["accuracy"]))
+    for name, rate in (*study.ALL_BEST_RATES["medium"].items(), ("saep:level_norm=layer,shortcut=max", 4e-3)):
+        assert f"{100 * sum(rates[name, rate]) / len(FAMILIES):.1f} %" in text, name
+
+
+def test_the_recommended_type_leads_at_the_harder_scale():
+    rows = read_rows(command.RESULTS / "spatial-medium.csv", "stage1_loss")
+    results = report.Results(rows, "comparison")
+    assert results.split == study.TEST
+    best = study.with_stride(study.NORMED, 2)
+    for other in {name for name in results.types if study.kind(name) != "saep" or "blocks" not in name}:
+        for metric in ("all", "position", "detail"):
+            assert results.difference(best, other, metric)[1] > 0, (other, metric)
 
 
 def test_documents_say_what_the_options_gave():

@@ -36,7 +36,8 @@ class SAEP(Projector):
 
     Further options are off by default. In the same study (table "comparison") one block before the
     stride, four behind it, `shortcut=max` and `level_norm=layer` on two layers are ahead of every
-    other type. The default stays until a harder study has been run with the other types.
+    other type, and at a harder scale, with one seed, of those that were run there. The default stays
+    until that has more seeds.
     `shortcut=max`: what one patch of a region says is not diluted;
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
     2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
