@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRANSFORMERS ?= 4.40.2
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec projectors patching tower truncated_encoder llava_model llava_training load_guard))
 
-# For bench: cpu takes 25 to 45 minutes on two cores, cuda under ten minutes.
+# For bench: cpu takes 25 to 50 minutes on two cores, cuda under ten minutes.
 DEVICE ?= cpu
 
 # For check-export and check-vllm: environments of their own, with the oldest and the newest transformers that

@@ -175,7 +175,7 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
     spec = parse_spec(type_string)
     cls = registration.classes[spec.name]
     known = registration.options[spec.name]
-    recorded = _recorded_options(type_string, config, known)
+    recorded = cls.options_from_record(_record(type_string, config, known))
     options = {}
     for option in known.values():
         given, kept = spec.options.get(option.name), recorded.get(option.name)
@@ -192,21 +192,49 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
     return ResolvedSpec(type_string, cls, options)
 
 
-def _recorded_options(type_string: str, config: Any, known: Mapping[str, Option]) -> dict[str, Any]:
-    """What training wrote of the options, JSON's lists made tuples."""
-    recorded = getattr(config, OPTIONS_SETTING, None) or {}
+def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
+    """The type string that means today what a checkpoint's record says.
+
+    Args:
+        type_string: that the checkpoint was trained with; anything, also what is none of ours.
+        recorded: the options beside it, or nothing.
+    """
+    if not recorded or not is_registered(type_string):
+        return type_string
+    spec = parse_spec(type_string)
+    known = registration.options[spec.name]
+    kept = registration.classes[spec.name].options_from_record(recorded)
+    now = resolve(type_string).options
+    if all(kept.get(name, value) == value for name, value in now.items() if value is not None):
+        return type_string
+    differing = {name: value for name, value in kept.items() if name in known and value != known[name].default}
+    return str(ProjectorSpec(spec.name, dict(sorted(differing.items()))))
+
+
+def _record(type_string: str, config: Any, known: Mapping[str, Option]) -> dict[str, Any]:
+    """What training wrote of the options."""
+    recorded: dict[str, Any] = getattr(config, OPTIONS_SETTING, None) or {}
     unknown = ", ".join(sorted(recorded.keys() - known.keys()))
     if unknown:
         raise ProjectorSpecError(
             f"projector type {type_string!r}: the checkpoint's {OPTIONS_SETTING} has {unknown}, which this version "
             "does not know; upgrade llava-projectors"
         )
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    return recorded
 
 
 def _agree(given: Any, kept: Any) -> bool:
     """Whether an option that was typed is the one that was recorded; layers counted from the end are not compared."""
     return given == kept or (isinstance(given, tuple) and min(given) < 0)
+
+
+def forms() -> Iterator[str]:
+    """Every type as it is without options, and as it was before checkpoints recorded them."""
+    for name in list_projectors():
+        yield name
+        older = registration.classes[name].without_record
+        if older:
+            yield str(ProjectorSpec(name, dict(older)))
 
 
 def projector_class(type_string: str) -> type[Projector]:

@@ -1,6 +1,7 @@
 """The benchmark: its FLOP model against torch's counter, its reference against ours, its command end to end."""
 
 import csv
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -17,9 +18,22 @@ from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, TRITON, Subject,
 from benchmarks.speed.naive import NaiveTokenPacker
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
+from llava_projectors.projectors.layers import DepthwiseConv2d
 
 CPU = torch.device("cpu")
 SIDE, WIDTH, HIDDEN = 12, 256, 48
+
+
+SAEP_OPTIONS = (
+    "order=depthwise_first",
+    "inner_size=40",
+    "blocks_before=0,blocks_after=2,dilations=1+2",
+    "level_kernel=3",
+    "level_norm=none",
+    "gate=softmax,level_kernel=5,stride=3",
+    "order=depthwise_first,level_kernel=3,blocks_after=1",
+    "readout_size=80,positions=sine",
+)
 
 
 def counted(function):
@@ -31,13 +45,20 @@ def counted(function):
     return sum(counts.values())
 
 
-def depthwise_gradients(type_string, num_patches_per_side, channels):
-    """What `counted` leaves out of SAEP: weight and input each take as much as the forward pass."""
-    if not type_string.startswith("saep"):
-        return 0
-    stride, kernel_size = {"stride=3": (3, 5), "stride=4": (4, 7)}.get(type_string.split(":")[-1], (2, 5))
-    forward = 2 * (num_patches_per_side // stride) ** 2 * channels * kernel_size**2
-    return forward * 4 if "depthwise_first" in type_string else forward * 2  # four levels, but no input gradient
+@contextmanager
+def depthwise_gradients(module):
+    """A list of what `counted` leaves out: of each depthwise convolution, the gradients of weight and input."""
+    found = []
+
+    def note(layer, inputs, output):
+        work = 2 * output.numel() * layer.kernel_size[0] ** 2
+        found.append(work * (1 + inputs[0].requires_grad))
+
+    layers = [layer for layer in module.modules() if isinstance(layer, DepthwiseConv2d)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    yield found
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_dtype_that_is_only_emulated_is_left_out(monkeypatch):
@@ -52,49 +73,17 @@ def test_a_dtype_that_is_only_emulated_is_left_out(monkeypatch):
 @pytest.mark.parametrize(
     "subject",
     [
-        *subjects(models.STOCK, *REDUCING, "saep:order=depthwise_first", "saep:inner_size=40"),
+        *subjects(models.STOCK, *REDUCING, *(f"saep:{options}" for options in SAEP_OPTIONS)),
         *subjects(*suites.TOKENPACKERS, implementation=NAIVE),
     ],
 )
 def test_projector_flops_are_those_of_torchs_counter(subject, batch):
-    type_string = subject.type_string
     projector = suites.make_projector(subject, WIDTH, HIDDEN)
-    levels = 1 if type_string == models.STOCK else 4
     work = flops.projector(subject, SIDE, WIDTH, HIDDEN) * batch
-    features = torch.randn(batch, SIDE**2, levels * WIDTH)
+    features = torch.randn(batch, SIDE**2, getattr(projector, "num_levels", 1) * WIDTH)
     assert counted(lambda: projector(features)) == work.forward
-    left_out = batch * depthwise_gradients(type_string, SIDE, 40 if "inner_size=40" in type_string else WIDTH)
-    assert counted(lambda: projector(features).sum().backward()) == work.both - left_out
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "blocks_before=1,blocks_after=2,dilations=1+2",
-        "level_kernel=3",
-        "level_norm=layer",
-        "gate=softmax,level_kernel=5,stride=3",
-        "order=depthwise_first,level_kernel=3,blocks_after=1",
-        "readout_size=80,positions=sine",
-    ],
-)
-def test_flops_of_saeps_options_are_those_of_torchs_counter(options):
-    """Of the convolutions, whose gradients the counter gets wrong, the work is read off each one as it runs."""
-    subject = Subject(f"saep:{options}")
-    projector, gradients = suites.make_projector(subject, WIDTH, HIDDEN), []
-
-    def note(layer, inputs, output):
-        work = 2 * output.numel() * layer.kernel_size[0] ** 2
-        gradients.append(work * (1 + inputs[0].requires_grad))
-
-    for module in projector.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(note)
-    work = flops.projector(subject, SIDE, WIDTH, HIDDEN)
-    features = torch.randn(1, SIDE**2, 4 * WIDTH)
-    assert counted(lambda: projector(features)) == work.forward
-    gradients.clear()
-    assert counted(lambda: projector(features).sum().backward()) == work.both - sum(gradients)
+    with depthwise_gradients(projector) as left_out:
+        assert counted(lambda: projector(features).sum().backward()) == work.both - sum(left_out)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +100,12 @@ def test_model_flops_are_those_of_torchs_counter(family, type_string):
     assert counted(prefill.function) == prefill.flops
     decode = suites.decode_group(family, llavas).candidates[subject]
     assert counted(decode.function) == decode.flops
-    left_out = 2 * depthwise_gradients(type_string, 24, models.TINY_TOWER.width)
     for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2):
         with suites.trained_part(family, step) as parameters:
             group = suites.training_group(family, llavas, step, 2, parameters)
-            assert counted(group.candidates[subject].function) == group.candidates[subject].flops - left_out
+            with depthwise_gradients(llavas[subject]) as left_out:
+                found = counted(group.candidates[subject].function)
+            assert found == group.candidates[subject].flops - sum(left_out)
 
 
 def test_after_lora_the_model_is_as_before(family):

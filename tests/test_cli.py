@@ -69,7 +69,7 @@ def test_version():
 def test_check_without_an_llm(tiny, trained):
     adapter, checkpoint = trained("saep").adapter / "mm_projector.bin", trained("saep").checkpoint
     out = cli("check", "saep", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter))
-    assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+5+6+7" in out
+    assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+7" in out
     assert "all its numbers are finite" in out
     assert "not checked: layers and patch grid, for want of a vision tower" in cli("check", "saep")
     assert "every weight of the projector is there" in cli("check", "--model-path", str(checkpoint))

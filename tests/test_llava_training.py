@@ -239,11 +239,11 @@ def test_adapters_of_another_type_are_named(llava_train, tiny, trained, tmp_path
         ),
         ("tokenpacker", build_projector("saep", 32, 80).state_dict(), "look like 'saep'"),
         ("tokenpacker", {"weight": torch.zeros(80, 32), "bias": torch.zeros(80)}, "look like 'linear'"),
-        ("saep", {}, "missing: aggregate.weight, .* and 6 more. There are no projector weights at all"),
+        ("saep", {}, "missing: aggregate.weight, .* and 36 more. There are no projector weights at all"),
         (
             "saep",
-            build_projector("saep:layers=4+7", 32, 80).state_dict(),
-            r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\].*type is right but the sizes differ",
+            build_projector("saep:layers=4+5+6+7", 32, 80).state_dict(),
+            r"wrong shape: aggregate.weight is \[32, 128\], not \[32, 64\].*type is right but the sizes differ",
         ),
     ]
     for number, (projector_type, weights, message) in enumerate(cases):

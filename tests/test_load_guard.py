@@ -104,14 +104,14 @@ def test_good_checkpoints_load_whole(load, checkpoint, trained, form):
 BAD = [
     (
         without_projector,
-        "got no weights from .*: missing: aggregate.bias, .* and 6 more. There are no projector weights",
+        "got no weights from .*: missing: after.0.*and 36 more. There are no projector weights",
     ),
     (without_norm, "does not get its weights from .*: missing: norm.weight, norm.bias"),
     (with_stock, "unexpected: 0.bias, 0.weight, 2.bias, 2.weight.* look like 'mlp2x_gelu': they were trained as that"),
     (with_projector("tokenpacker"), "look like 'tokenpacker'"),
     (
-        with_projector("saep:layers=4+7"),
-        r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\].*type is right but the sizes differ",
+        with_projector("saep:layers=4+5+6+7"),
+        r"wrong shape: aggregate.weight is \[32, 128\], not \[32, 64\].*type is right but the sizes differ",
     ),
     (with_projector("saep:stride=4"), r"wrong shape: depthwise.weight is \[32, 1, 7, 7\], not \[32, 1, 5, 5\]"),
 ]
@@ -159,11 +159,11 @@ def test_a_model_without_projector_weights_does_not_answer(checkpoint):
     edit(folder, without_projector)
     model = LlavaLlamaForCausalLM.from_pretrained(folder)
     projector = model.get_model().mm_projector
-    with pytest.raises(ProjectorWeightsError, match="'saep' has random weights, no checkpoint has provided: aggregate"):
-        projector(torch.zeros(1, 576, 128))
+    with pytest.raises(ProjectorWeightsError, match="'saep' has random weights, no checkpoint has provided: after"):
+        projector(torch.zeros(1, 576, 64))
     good = build_projector("saep", 32, 80).state_dict()
     model.load_state_dict({f"{PREFIX}{name}": value for name, value in good.items()}, strict=False)
-    assert projector(torch.zeros(1, 576, 128)).shape == (1, 144, 80)
+    assert projector(torch.zeros(1, 576, 64)).shape == (1, 144, 80)
 
 
 @pytest.fixture
@@ -189,11 +189,11 @@ def test_adapter_and_base(load, adapter, tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {}, "got no weights from .*llava-adapter: missing: aggregate.bias, .*There are no projector"),
+        (lambda state: {}, "got no weights from .*llava-adapter: missing: after.0.*There are no projector"),
         (without_norm, "got no weights from .*llava-adapter: missing: norm.bias, norm.weight"),
         (with_stock, "weights do not fit the projector 'saep': unexpected: 0.bias, 0.weight.* look like 'mlp2x_gelu'"),
         (with_projector("tokenpacker"), "do not fit the projector 'saep': unexpected.* look like 'tokenpacker'"),
-        (with_projector("saep:layers=4+7"), r"wrong shape: aggregate.weight is \[32, 64\], not \[32, 128\]"),
+        (with_projector("saep:layers=4+5+6+7"), r"wrong shape: aggregate.weight is \[32, 128\], not \[32, 64\]"),
     ],
 )
 def test_bad_adapters_are_errors(load, adapter, tiny, change, message):

@@ -81,7 +81,7 @@ def test_compiles_as_one_graph(device, projector_type, heads):
     projector.to(device)
     compiled = torch.compile(copy.deepcopy(projector), fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
-        x = torch.randn(2, 144, 128, device=device, requires_grad=True)
+        x = torch.randn(2, 144, 32 * projector.num_levels, device=device, requires_grad=True)
         twin = x.detach().clone().requires_grad_()
         out, expected = compiled(x), projector(twin)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

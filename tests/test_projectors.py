@@ -212,24 +212,24 @@ def naive_tokenpacker(p, x):
 
 
 NAIVE = {"saep": naive_saep, "tokenpacker": naive_tokenpacker}
+PLAIN_SAEP = "saep:blocks_after=0,blocks_before=0,level_norm=none,shortcut=average"  # the separable convolution alone
 SAEP_VARIANTS = [
-    "saep:order=depthwise_first",
-    "saep:shortcut=none",
-    "saep:shortcut=max",
-    "saep:stride=3,order=depthwise_first,shortcut=max",
-    "saep:kernel_size=5",
-    "saep:stride=3,kernel_size=4,inner_size=24,layers=3+7",
-    "saep:kernel_size=2,order=depthwise_first,shortcut=none",
+    PLAIN_SAEP,
+    "saep:order=depthwise_first,blocks_after=0,shortcut=average",
+    "saep:blocks_after=0,shortcut=none",
+    "saep:blocks_after=0,blocks_before=0",
+    "saep:stride=3,order=depthwise_first,blocks_after=1",
+    "saep:stride=3,kernel_size=4,inner_size=24,layers=3+5+7,blocks_after=0",
+    "saep:kernel_size=2,order=depthwise_first,shortcut=none,blocks_after=0",
 ]
 SAEP_OPTIONS = [
-    "saep:blocks_before=1,blocks_after=2",
-    "saep:blocks_before=2,dilations=1+2+3,stride=3",
-    "saep:order=depthwise_first,blocks_after=1,dilations=2",
-    "saep:level_kernel=3",
-    "saep:gate=softmax,level_kernel=5,stride=4",
-    "saep:level_norm=layer,layers=3+7,shortcut=max",
-    "saep:level_norm=layer,gate=softmax,level_kernel=3,order=depthwise_first",
-    "saep:positions=sine,readout_size=24,inner_size=20",
+    "saep:blocks_before=0,blocks_after=2,shortcut=average",
+    "saep:blocks_before=2,blocks_after=0,dilations=1+2+3,stride=3",
+    "saep:order=depthwise_first,blocks_after=1,dilations=2,level_norm=none",
+    "saep:level_kernel=3,blocks_after=0",
+    "saep:gate=softmax,level_kernel=5,stride=4,shortcut=average",
+    "saep:gate=softmax,level_kernel=3,order=depthwise_first,blocks_after=0",
+    "saep:positions=sine,readout_size=24,inner_size=20,blocks_after=0",
 ]
 
 
@@ -259,7 +259,9 @@ def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, to
     weight = torch.randn(out.shape, dtype=torch.float64)
     (out * weight.to(dtype)).sum().backward()
     (expected * weight).sum().backward()
-    assert relative_error(x.grad, x64.grad) < tolerance * 2
+    # In bfloat16, another patch of a region may be the largest: what they say is the same, the gradient is elsewhere.
+    of_gradients = 0.2 if dtype == torch.bfloat16 and getattr(projector, "shortcut", None) == "max" else tolerance * 2
+    assert relative_error(x.grad, x64.grad) < of_gradients
     parameters, references = dict(projector.named_parameters()), dict(reference.named_parameters())
     parameters.pop("ln_k_1.bias", None)  # no gradient: softmax ignores what shifts all scores of a region alike
     if dtype == torch.float32:
@@ -267,7 +269,7 @@ def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, to
             assert relative_error(parameter.grad, references[name].grad) < tolerance * 2, name
     # In bfloat16, gradients that nearly cancel (a bias before LayerNorm and softmax) drown in rounding by themselves.
     together = [torch.cat([p[name].grad.double().flatten() for name in parameters]) for p in (parameters, references)]
-    assert relative_error(*together) < tolerance * 2
+    assert relative_error(*together) < of_gradients
 
 
 def randomise(projector):
@@ -321,7 +323,7 @@ def test_a_token_sees_its_own_region_only_as_far_as_documented(type_string):
     x = features_for(projector, batch=1)
     changed = x.clone()
     row, column, s = 7, 4, projector.stride
-    changed[0, row * 12 + column] += 1
+    changed[0, row * 12 + column] = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1))
     difference = (projector(changed) - projector(x)).abs().amax(-1).view(12 // s, 12 // s)
     touched = {tuple(index) for index in difference.gt(1e-7).nonzero().tolist()}
     assert (row // s, column // s) in touched
@@ -381,26 +383,29 @@ def test_training_converges(type_string):
     assert values[-1] < values[0] / 4
 
 
-@pytest.mark.parametrize("type_string", ["saep", "tokenpacker"])
-def test_bad_features_are_explained(type_string):
+@pytest.mark.parametrize(("type_string", "levels"), [("saep", 2), ("tokenpacker", 4)])
+def test_bad_features_are_explained(type_string, levels):
     projector = build_projector(type_string, 16, 8)
-    with pytest.raises(ValueError, match=r"expects features \[batch, patches, 64\], 4 hidden states of 16 channels"):
+    expected = rf"expects features \[batch, patches, {levels * 16}\], {levels} hidden states of 16 channels"
+    with pytest.raises(ValueError, match=expected):
         projector(torch.zeros(1, 144, 16))
     with pytest.raises(ValueError, match="without the CLS token.*got 577 patches"):
-        projector(torch.zeros(1, 577, 64))
+        projector(torch.zeros(1, 577, levels * 16))
 
 
 @pytest.mark.parametrize("type_string", [*OURS, *BASELINES[:-2]])  # the last two look at the whole picture
 def test_padding_changes_nothing_where_there_are_patches(type_string):
     """The tokens of whole regions are the same whether or not the grid goes on with a partial region."""
     projector = build_projector(type_string, 16, 8)
-    s, whole = projector.stride, 12
+    s, whole = projector.stride, 24
     large = features_for(projector, side=whole + 1, batch=1)
-    small = large.view(1, 13, 13, -1)[:, :12, :12].flatten(1, 2)
+    small = large.view(1, 25, 25, -1)[:, :24, :24].flatten(1, 2)
     tokens = projector(large).unflatten(1, (whole // s + 1, -1))
     expected = projector(small).unflatten(1, (whole // s, -1))
-    # A kernel that reaches over its region sees the next patch, so its last row and column may differ.
-    inner = whole // s - (1 if projector.name in ("saep", "ldpv2") else 0)
+    # A kernel that reaches over its region sees the next patch, so its last row and column may differ; and each block
+    # behind the stride carries that a token further.
+    inner = whole // s - (1 if projector.name in ("saep", "ldpv2") else 0) - len(getattr(projector, "after", ()))
+    assert inner > 0
     torch.testing.assert_close(tokens[:, :inner, :inner], expected[:, :inner, :inner])
 
 
@@ -443,7 +448,7 @@ def test_bad_sizes_are_explained():
         ("blocks_before=-1", "blocks_before=-1 must be 0 or more"),
         ("blocks_after=-2", "blocks_after=-2 must be 0 or more"),
         ("blocks_before=2,order=depthwise_first", "blocks_before=2 needs order=pointwise_first; or pass blocks_after"),
-        ("dilations=1+2", r"dilations=1\+2 needs blocks_before or blocks_after"),
+        ("dilations=1+2,blocks_before=0,blocks_after=0", r"dilations=1\+2 needs blocks_before or blocks_after"),
         ("dilations=1+0,blocks_after=1", r"dilations=1\+0 must be at least 1 each"),
         ("dilations=1+2+3,blocks_after=1,inner_size=2", r"dilations=1\+2\+3 are more than the 2 channels"),
         ("dilations=2+x,blocks_after=1", r"bad value '2\+x' for option 'dilations'"),
@@ -460,10 +465,10 @@ def test_bad_options_of_saep_are_explained(options, message):
     assert f"'saep:{options}'" in str(caught.value)
 
 
-def test_saep_without_options_is_what_it_was():
+def test_plain_saep_is_what_it_was():
     """Names, order of the random numbers, and so the very weights that a seed gives."""
     torch.manual_seed(0)
-    projector = build_projector("saep", 16, 8)
+    projector = build_projector(f"{PLAIN_SAEP},layers=12+16+22+23", 16, 8)
     torch.manual_seed(0)
     layers = [
         nn.Linear(64, 16),
@@ -477,6 +482,16 @@ def test_saep_without_options_is_what_it_was():
     state = projector.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_saeps_default_has_the_parts_that_its_docstring_names():
+    spelt_out = "saep:blocks_before=1,blocks_after=4,kernel_size=5,layers=12+23,level_norm=layer,shortcut=max"
+    default = build_projector("saep", 16, 8)
+    assert repr(default) == repr(build_projector(spelt_out, 16, 8))
+    assert default.default_layers(23) == (12, 23)
+    assert (default.blocks_before, len(default.before), len(default.after)) == (1, 1, 4)
+    first_depthwise = build_projector("saep:order=depthwise_first", 16, 8)
+    assert (first_depthwise.blocks_before, len(first_depthwise.before), len(first_depthwise.after)) == (0, 0, 4)
 
 
 def test_tokenpackers_head_size():

@@ -2,12 +2,14 @@
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, ProjectorWeightsError, registry
@@ -16,15 +18,15 @@ from llava_projectors.projectors.saep import SAEP
 
 OPTIONS = {
     "stride": 2,
-    "layers": [4, 5, 6, 7],
+    "layers": [4, 7],
     "kernel_size": 5,
     "order": "pointwise_first",
-    "shortcut": "average",
+    "shortcut": "max",
     "inner_size": 32,
-    "blocks_before": 0,
-    "blocks_after": 0,
+    "blocks_before": 1,
+    "blocks_after": 4,
     "dilations": [1],
-    "level_norm": "none",
+    "level_norm": "layer",
     "level_kernel": 0,
     "gate": "none",
     "positions": "none",
@@ -57,7 +59,7 @@ def test_loading_builds_what_was_trained_whatever_the_defaults_have_become(train
     monkeypatch.setattr(SAEP, "default_layers", staticmethod(lambda selected: (1, selected)))
     model = LlavaLlamaForCausalLM.from_pretrained(trained("saep").checkpoint).get_model()
     assert model.mm_projector.depthwise.kernel_size == (5, 5)
-    assert model.get_vision_tower().projector_layers == (4, 5, 6, 7)
+    assert model.get_vision_tower().projector_layers == (4, 7)
 
 
 def test_checkpoints_without_a_record_load_as_before(trained, tmp_path):
@@ -67,25 +69,63 @@ def test_checkpoints_without_a_record_load_as_before(trained, tmp_path):
     shutil.copytree(trained("saep").checkpoint, folder)
     config = {name: value for name, value in config_of(folder).items() if "options" not in name}
     (folder / "config.json").write_text(json.dumps(config))
-    assert LlavaLlamaForCausalLM.from_pretrained(folder).get_model().get_vision_tower().projector_layers == (4, 5, 6, 7)
+    assert LlavaLlamaForCausalLM.from_pretrained(folder).get_model().get_vision_tower().projector_layers == (4, 7)
 
 
 def config(**settings):
     return SimpleNamespace(**{"mm_projector_type": "saep", "mm_projector_options": OPTIONS, **settings})
 
 
-def test_a_record_that_lacks_newer_options_builds_what_it_built():
-    older = ("stride", "layers", "kernel_size", "order", "shortcut", "inner_size")
-    resolved = registry.resolve("saep", config(mm_projector_options={name: OPTIONS[name] for name in older}))
-    assert list(resolved.build(32, 80).state_dict()) == list(registry.build_projector("saep", 32, 80).state_dict())
+# What a checkpoint of SAEP recorded when its default was the separable convolution alone.
+PLAIN = {**OPTIONS, "layers": [4, 5, 6, 7], "shortcut": "average", "blocks_before": 0, "blocks_after": 0}
+PLAIN["level_norm"] = "none"
+
+
+@pytest.mark.parametrize("lacks", [(), ("level_norm",), ("blocks_before", "blocks_after", "level_norm", "gate")])
+def test_a_record_of_an_older_default_builds_what_it_built(lacks):
+    record = {name: value for name, value in PLAIN.items() if name not in lacks}
+    resolved = registry.resolve("saep", config(mm_projector_options=record))
+    assert resolved.options["layers"] == (4, 5, 6, 7)
+    plain = "saep:blocks_after=0,blocks_before=0,layers=4+5+6+7,level_norm=none,shortcut=average"
+    torch.manual_seed(0)
+    built = resolved.build(32, 80)
+    torch.manual_seed(0)
+    expected = registry.build_projector(plain, 32, 80)
+    x = torch.randn(1, 36, 4 * 32)
+    assert torch.equal(built(x), expected(x))
+
+
+def test_a_checkpoint_of_the_older_default_loads(trained, tmp_path, messages):
+    """As LLaVA loads it: its type string is `saep`, its record says what that meant."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    folder = tmp_path / "llava-older"
+    shutil.copytree(trained("saep").checkpoint, folder)
+    (folder / "config.json").write_text(json.dumps({**config_of(folder), "mm_projector_options": PLAIN}))
+    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "mm_projector" not in k}
+    plain = registry.resolve("saep", config(mm_projector_options=PLAIN)).build(32, 80).state_dict()
+    state.update({f"model.mm_projector.{name}": value for name, value in plain.items()})
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    model = LlavaLlamaForCausalLM.from_pretrained(folder).get_model()
+    assert all(torch.equal(value, plain[name]) for name, value in model.mm_projector.state_dict().items())
+    assert model.get_vision_tower().projector_layers == (4, 5, 6, 7)
+    assert "hidden states 4+5+6+7" in messages[-1]
+
+    # Without the record, nothing says it but the weights.
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config_of(folder).items() if "options" not in name})
+    )
+    older = "saep:blocks_before=0,blocks_after=0,level_norm=none,shortcut=average"
+    with pytest.raises(ProjectorWeightsError, match=f"look like '{older}': they were trained as that type"):
+        LlavaLlamaForCausalLM.from_pretrained(folder)
 
 
 def test_a_type_string_that_contradicts_the_record_is_an_error():
-    assert registry.resolve("saep:kernel_size=5", config()).options["layers"] == (4, 5, 6, 7)
-    assert registry.resolve("saep:layers=-5+-4+-3+-2", config()).options["layers"] == (4, 5, 6, 7)
+    assert registry.resolve("saep:kernel_size=5", config()).options["layers"] == (4, 7)
+    assert registry.resolve("saep:layers=-5+-2", config()).options["layers"] == (4, 7)
     with pytest.raises(ProjectorSpecError, match="'saep:stride=3' has stride=3, but the checkpoint .*stride=2"):
         registry.resolve("saep:stride=3", config())
-    with pytest.raises(ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+5\+6\+7"):
+    with pytest.raises(ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+7"):
         registry.resolve("saep:layers=3+7", config())
     newer = config(mm_projector_options={**OPTIONS, "colour": 1})
     with pytest.raises(ProjectorSpecError, match="mm_projector_options has colour, which this version does not know"):
@@ -195,13 +235,34 @@ def test_an_adapter_whose_purpose_cannot_be_known_is_used_with_a_warning(adapter
     start(model_args, adapter, model)
     assert not [line for line in messages if "WARNING" in line]
     config = config_of(adapter.parent)
-    config["mm_projector_options"]["layers"] = [1, 5, 6, 7]
+    config["mm_projector_options"]["layers"] = [1, 7]
     (adapter.parent / "config.json").write_text(json.dumps(config))
     start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
-    assert "was trained with layers=1+5+6+7 (now 4+5+6+7); its weights fit" in messages[-2]
+    assert "was trained with layers=1+7 (now 4+7); its weights fit" in messages[-2]
     (adapter.parent / "config.json").unlink()
     start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
     assert "has no config.json beside it, so it cannot be known which" in messages[-2]
+
+
+def test_an_adapter_of_the_older_default_says_what_to_pass(adapter, model_args, tiny):
+    """Trained as `saep` when that meant something else: to be told `saep` again would not help."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    (adapter.parent / "config.json").write_text(
+        json.dumps({**config_of(adapter.parent), "mm_projector_options": PLAIN})
+    )
+    plain = registry.resolve("saep", config(mm_projector_options=PLAIN)).build(32, 80).state_dict()
+    torch.save({f"model.mm_projector.{name}": value for name, value in plain.items()}, adapter)
+    older = (
+        "saep:blocks_after=0,blocks_before=0,inner_size=32,kernel_size=5,layers=4+5+6+7,level_norm=none,"
+        "readout_size=80,shortcut=average"
+    )
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
+    with pytest.raises(ProjectorWeightsError, match=re.escape(f"it was trained as {older!r}: pass that type")):
+        start(model_args, adapter, model)
+    model.get_model().initialize_vision_modules(model_args(older, pretrain_mm_mlp_adapter=str(adapter)))
+    assert registry.as_trained("saep", OPTIONS) == "saep"
+    assert registry.as_trained("linear", OPTIONS) == "linear"
 
 
 def test_reading_an_adapter_keeps_names_and_shapes(adapter):

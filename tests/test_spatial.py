@@ -343,7 +343,8 @@ def rows_with(accuracy, seeds=3, questions=600, of="tokenpacker"):
     return [
         {
             "study": of, "split": "test", "type": name, "seed": str(seed), "visual_tokens": "36", "family": family,
-            "questions": str(questions), "correct": study.to_hex((rng.random(questions) < rate).tolist()),
+            "learning_rate": "0.004", "questions": str(questions),
+            "correct": study.to_hex((rng.random(questions) < rate).tolist()),
         }
         for name, rate in accuracy.items()
         for seed in range(seeds)
@@ -368,6 +369,13 @@ def test_a_real_difference_is_seen():
     results = report.Results(rows_with({"tokenpacker": 0.8, "tokenpacker:layers=7": 0.7}), "tokenpacker")
     _, low, high = results.difference("tokenpacker:layers=7", "tokenpacker", "all")
     assert -0.13 < low < high < -0.07
+
+
+def test_runs_at_an_earlier_rate_are_no_further_seeds():
+    earlier, later = (rows_with({"tokenpacker": accuracy}, seeds=1) for accuracy in (0.2, 0.8))
+    results = report.Results([*({**row, "learning_rate": "0.002"} for row in earlier), *later], "tokenpacker")
+    assert len(results.correct["tokenpacker"]["relative"]) == 1
+    assert results.accuracy("tokenpacker", "all")[0] == pytest.approx(0.8, abs=0.05)
 
 
 def test_mixed_precision_keeps_weights_and_states_in_float32(monkeypatch):
@@ -443,6 +451,7 @@ def test_what_a_type_would_cost_is_what_the_benchmark_counts():
     for name, large in (
         ("saep", "saep"),
         ("saep:stride=3,blocks_before=2", "saep:stride=3,blocks_before=2"),
+        (study.PLAIN_SAEP, "saep:blocks_before=0,blocks_after=0,layers=12+16+22+23"),
         (f"saep:readout_size={sizes.SIZES.llm_width // 2}", "saep:readout_size=2048"),
         ("tokenpacker:scale_factor=3", "tokenpacker:scale_factor=3"),
     ):
@@ -457,9 +466,8 @@ def test_what_a_type_would_cost_is_what_the_benchmark_counts():
 def test_a_type_in_7b_has_the_depth_and_the_sizes_of_7b():
     assert cost.in_7b("mlp2x_gelu") == "mlp2x_gelu"
     assert cost.in_7b("resampler:num_queries=36") == "resampler:num_queries=144"
-    assert cost.in_7b(f"{study.NARROW_SAEP},stride=3") == (
-        "saep:blocks_after=4,blocks_before=4,layers=23,shortcut=max,inner_size=512,stride=3"
-    )
+    narrow = study.with_options(study.MAX_SAEP, stride=3, **study.NARROW)
+    assert cost.in_7b(narrow) == "saep:blocks_before=4,inner_size=512,layers=23,level_norm=none,stride=3"
     # Written in two ways, it is measured once.
     assert cost.in_7b("saep:stride=2") == cost.in_7b("saep") == "saep"
     assert cost.in_7b(study.STF) == "stf:layers=0+3+6+9+13+16+19+23"
@@ -497,9 +505,18 @@ def test_every_type_has_a_learning_rate_that_was_tried():
     for one in study.STUDIES.values():
         for name, rate in one.configurations:
             assert any(rate in rates for tried, rates in study.RATES.items() if study.kind(tried) == study.kind(name))
-    assert study.at_best_rate("saep:stride=3,blocks_after=1") == (
-        ("saep:stride=3,blocks_after=1", study.BEST_RATE[study.DEEP_SAEP]),
-    )
+    for name, tried in (
+        ("saep:stride=3,blocks_after=1", "saep"),
+        ("saep:stride=3,blocks_after=0,blocks_before=0", study.PLAIN_SAEP),
+        ("saep:level_norm=none,shortcut=average", study.DEEP_SAEP),
+        (study.UNNORMED, study.MAX_SAEP),
+    ):
+        assert study.at_best_rate(name) == ((name, study.BEST_RATE[tried]),)
+
+
+def test_options_of_a_type_are_replaced_and_sorted():
+    name = study.with_options("saep:stride=3,layers=4+7,gate=softmax", layers=(7,), gate=None, blocks_after=2)
+    assert name == "saep:blocks_after=2,layers=7,stride=3"
 
 
 @pytest.mark.parametrize(("scale", "results"), [("small", "spatial.csv"), ("medium", "spatial-medium.csv")])
@@ -547,8 +564,14 @@ def test_documents_say_what_the_comparison_found(document):
     results = comparison()
     text = (command.RESULTS.parents[1] / document).read_text()
     for name in results.types:
-        if document.startswith("docs") or study.kind(name) in ("mlp2x_gelu", "saep", "tokenpacker"):
-            assert f"{results.accuracy(name, 'all')[0]:.1%}".rstrip("%") in text, name
+        estimate, *interval = (f"{100 * value:.1f}" for value in results.accuracy(name, "all"))
+        if document.startswith("docs"):
+            assert f"{estimate} ({' to '.join(interval)})" in text, name
+        elif study.kind(name) in ("saep", "tokenpacker") and "level_norm=none,stride" not in name:
+            points = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * value for value in results.difference(name, "mlp2x_gelu", "all"))
+            )
+            assert f"| {estimate} % | {points} |" in text, name
 
 
 def comparison():
@@ -558,10 +581,10 @@ def comparison():
 
 
 @pytest.mark.parametrize("stride", [2, 3])
-def test_the_recommended_type_leads_as_documents_say(stride):
+def test_saep_leads_as_documents_say(stride):
     results = comparison()
-    best = study.with_stride(study.NORMED, stride)
-    without_norm = study.with_stride(study.ONE_BEFORE_TWO_LAYERS, stride)
+    best = study.with_stride("saep", stride)
+    without_norm = study.with_stride(study.UNNORMED, stride)
     counts = (results.tokens[best], results.tokens["mlp2x_gelu"])
     for other in {name for name in results.types if results.tokens[name] in counts} - {best, without_norm}:
         assert results.difference(best, other, "all")[1] > 0, other
@@ -569,6 +592,10 @@ def test_the_recommended_type_leads_as_documents_say(stride):
     operations = cost.part_of_stock(best)
     assert operations < {2: 0.6, 3: 0.4}[stride]
     assert f"{operations:.2f}" in (command.RESULTS.parents[1] / "docs" / "choosing.md").read_text()
+
+
+# Four layers with a norm each, tried once at the harder scale.
+FOUR_NORMED = study.with_options("saep", blocks_after=0, blocks_before=0, layers=study.FOUR_LAYERS)
 
 
 def test_documents_say_what_the_harder_scale_found():
@@ -583,7 +610,7 @@ def test_documents_say_what_the_harder_scale_found():
     assert "letters from {} % to {} %".format(*falls("letter")) in text
     assert "stay ({} % and {} %)".format(*falls("contents")) in text
     finalists = report.Results(rows, "finalists")
-    for name in (study.NORMED, study.NORMED_ONE_LAYER):
+    for name in ("saep", study.with_options("saep", layers=study.ONE_LAYER)):
         found = [
             f"{100 * finalists.accuracy(study.with_stride(name, 2), metric)[0]:.1f} %" for metric in ("all", "detail")
         ]
@@ -596,24 +623,37 @@ def test_documents_say_what_the_harder_scale_found():
     for row in rows:
         if row["study"] == study.RATE:
             rates.setdefault((row["type"], float(row["learning_rate"])), []).append(float(row["accuracy"]))
-    for name, rate in (*study.ALL_BEST_RATES["medium"].items(), ("saep:level_norm=layer,shortcut=max", 4e-3)):
+    for name, rate in (*study.ALL_BEST_RATES["medium"].items(), (FOUR_NORMED, 4e-3)):
         assert f"{100 * sum(rates[name, rate]) / len(FAMILIES):.1f} %" in text, name
 
 
-def test_the_recommended_type_leads_at_the_harder_scale():
+@pytest.mark.parametrize("stride", [2, 3])
+def test_saep_leads_at_the_harder_scale(stride):
     rows = read_rows(command.RESULTS / "spatial-medium.csv", "stage1_loss")
     results = report.Results(rows, "comparison")
     assert results.split == study.TEST
-    best = study.with_stride(study.NORMED, 2)
-    for other in {name for name in results.types if study.kind(name) != "saep" or "blocks" not in name}:
+    best = study.with_stride("saep", stride)
+    assert len(results.correct[best]["relative"]) == 3
+    for other in {name for name in results.types if results.tokens[name] >= results.tokens[best]}:
+        if other in ("saep:stride=2", "saep:stride=3"):
+            continue
         for metric in ("all", "position", "detail"):
             assert results.difference(best, other, metric)[1] > 0, (other, metric)
+    text = (command.RESULTS.parent / "README.md").read_text().partition("### The harder scale")[2]
+    leads = [
+        "{:.1f} ({:.1f} to {:.1f})".format(
+            *(100 * value for value in results.difference(best, study.with_stride(study.STF, stride), metric))
+        )
+        for metric in ("all", "position")
+    ]
+    assert all(lead in text for lead in leads), leads
 
 
 def test_documents_say_what_the_options_gave():
     rows = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == "options"]
     results = report.Results(rows, "options")
-    deep, deepest = study.DEEP_SAEP, study.MAX_SAEP
+    plain, deep, deepest = study.PLAIN_SAEP, study.DEEP_SAEP, study.MAX_SAEP
+    with_max = study.with_options(plain, shortcut=None)
 
     def percent(name, metric="all"):
         return round(100 * results.accuracy(name, metric)[0])
@@ -622,17 +662,19 @@ def test_documents_say_what_the_options_gave():
         return 100 * results.difference(name, other, "all")[0]
 
     text = (command.RESULTS.parent / "README.md").read_text()
-    letters = [percent(name, "detail") for name in ("saep", "saep:shortcut=max", "saep:stride=3")]
-    letters.append(percent("saep:shortcut=max,stride=3", "detail"))
+    letters = [percent(study.with_options(name, stride=s), "detail") for s in (None, 3) for name in (plain, with_max)]
     assert "from {} % to {} % with a quarter of the tokens and from {} % to {} % with a ninth".format(*letters) in text
-    assert percent(deepest) == percent(f"{deepest},stride=3")
+    assert percent(deepest) == percent(study.with_stride(deepest, 3))
     assert f"has {percent(deepest)} % of all answers with a quarter of the tokens and with a ninth" in text
-    assert f"{points(deepest, 'saep'):.0f} points more than today's default with a quarter" in text
-    after = points(f"saep:blocks_after=8,layers={vision.SELECTED}", "saep")
+    assert f"{points(deepest, plain):.0f} points more than plain SAEP with a quarter" in text
+    after = points(study.with_options(plain, blocks_after=8, layers=study.ONE_LAYER), plain)
     assert f"Blocks behind the stride alone do nothing ({after:.1f})" in text
-    narrow = points(deep, f"{deep},readout_size={sizes.SIZES.llm_width // 2}")
+    narrow = points(deep, study.with_options(deep, readout_size=sizes.SIZES.llm_width // 2))
     assert f"Half the readout's width costs {narrow:.1f} points" in text
-    one, narrow = ([percent(name), percent(f"{name},stride=3")] for name in (study.ONE_BEFORE, study.NARROW_SAEP))
+    one, narrow = (
+        [percent(name), percent(study.with_stride(name, 3))]
+        for name in (study.ONE_BEFORE, study.with_options(deepest, **study.NARROW))
+    )
     assert "has {} % with a quarter of the tokens and {} % with a ninth, ".format(*one) in text
     assert "half the inner width {} % and {} %".format(*narrow) in text
     other = percent("c_abstractor"), percent("c_abstractor:stride=3")

@@ -37,10 +37,10 @@ def test_features_are_the_hidden_states_side_by_side(towers, images):
     assert type(stock).__name__ == "CLIPVisionTower"
     assert isinstance(tower, type(stock))
     features = tower(images)
-    assert features.shape == (3, 576, 4 * 32)
+    assert features.shape == (3, 576, 2 * 32)
     with torch.no_grad():
         hidden_states = stock.vision_tower(images, output_hidden_states=True).hidden_states
-    for block, layer in zip(features.split(32, dim=-1), (4, 5, 6, 7)):
+    for block, layer in zip(features.split(32, dim=-1), (4, 7)):
         assert torch.equal(block, hidden_states[layer][:, 1:])
     assert torch.equal(features[..., -32:], stock(images))
 
@@ -59,7 +59,7 @@ def test_layers_option(towers, images):
 
 def test_a_list_of_images_goes_one_by_one(towers, images):
     features = towers("saep")(list(images))
-    assert [tuple(f.shape) for f in features] == [(1, 576, 128)] * 3
+    assert [tuple(f.shape) for f in features] == [(1, 576, 64)] * 3
     torch.testing.assert_close(torch.cat(features), towers("saep")(images))
 
 
@@ -114,7 +114,7 @@ def test_copies(towers, images, copied):
         (
             "saep",
             {"mm_vision_select_layer": 1},
-            r"default layers need a deeper tower: with --mm_vision_select_layer 1 they would be 1\+1\+0\+1; .*layers=1",
+            r"default layers need a deeper tower: with --mm_vision_select_layer 1 they would be 1\+1; .*layers=1",
         ),
         (
             "tokenpacker",
@@ -168,7 +168,7 @@ def test_a_tower_that_joins_layers_itself_gives_ours_instead(towers, images, mon
     )
     tower = towers("saep")
     assert tower.hidden_size == 32
-    assert tower(images[:1]).shape == (1, 576, 4 * 32)
+    assert tower(images[:1]).shape == (1, 576, 2 * 32)
 
 
 def test_the_grid_is_what_the_tower_returns(towers, images, capsys):
@@ -179,7 +179,7 @@ def test_the_grid_is_what_the_tower_returns(towers, images, capsys):
     embeddings.position_ids = torch.arange(36**2 + 1).expand((1, -1))
     large = torch.randn(1, 3, 504, 504)
     features = tower(large)
-    assert features.shape == (1, 36**2, 4 * 32)
+    assert features.shape == (1, 36**2, 2 * 32)
     assert (tower.num_patches_per_side, tower.num_patches) == (18, 324)
     hidden_states = tower.vision_tower(large, output_hidden_states=True).hidden_states
     assert torch.equal(features[..., -32:], hidden_states[tower.projector_layers[-1]][:, 1:])
@@ -197,14 +197,14 @@ def test_a_hidden_state_that_was_not_kept_says_so(towers, images):
     """As DenseConnector and LLaVA-PruMerge ask for hidden states of their own choice."""
     tower = towers("saep")
     outs = TruncatedVisionModel(tower.vision_tower, tower.projector_layers)(images[:1], output_hidden_states=True)
-    with pytest.raises(ProjectorSpecError, match=r"hidden state -2 of the vision tower was not kept: only 4\+5\+6\+7"):
+    with pytest.raises(ProjectorSpecError, match=r"hidden state -2 of the vision tower was not kept: only 4\+7"):
         outs.hidden_states[-2]
 
 
 def test_a_setting_by_which_a_fork_joins_layers_is_refused(towers):
     with pytest.raises(ProjectorSpecError, match="--mm_dense_connector_type dci exclude .*_type none"):
         towers("saep", mm_dense_connector_type="dci")
-    assert towers("saep", mm_dense_connector_type="none").projector_layers == (4, 5, 6, 7)
+    assert towers("saep", mm_dense_connector_type="none").projector_layers == (4, 7)
 
 
 @pytest.fixture
@@ -240,20 +240,21 @@ def siglip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("projector_type", "side"), [("saep:stride=3", 9), ("tokenpacker:scale_factor=3", 9), ("saep", 14)]
+    ("projector_type", "layers", "side"),
+    [("saep:stride=3", (13, 26), 9), ("tokenpacker:scale_factor=3", (13, 18, 25, 26), 9), ("saep", (13, 26), 14)],
 )
-def test_towers_without_cls_token_and_feature_select(siglip, projector_type, side):
+def test_towers_without_cls_token_and_feature_select(siglip, projector_type, layers, side):
     images = torch.randn(2, 3, 384, 384)
     stock, tower = siglip(), siglip()
     stock.load_model()
     convert_tower(tower, registry.resolve(projector_type))
     tower.load_model()
-    assert tower.projector_layers == (13, 18, 25, 26)
+    assert tower.projector_layers == layers
     with torch.no_grad():
         features, hidden_states = tower(images), stock.vision_tower(images, output_hidden_states=True).hidden_states
         assert torch.equal(features[..., -32:], stock(images))
         assert torch.equal(features[..., :32], hidden_states[13])
-        assert [tuple(f.shape) for f in tower(list(images))] == [(1, 729, 128)] * 2
+        assert [tuple(f.shape) for f in tower(list(images))] == [(1, 729, 32 * len(layers))] * 2
         projector = llava_projectors.build_projector(projector_type, 32, 16)
         assert projector(features).shape == (2, side**2, 16)
     assert (tower.num_patches_per_side, tower.num_patches) == (side, side**2)
@@ -275,7 +276,7 @@ def test_a_forward_that_prunes_by_itself_is_passed_over(siglip):
     tower = Pruning()
     convert_tower(tower, registry.resolve("saep:stride=3"))
     tower.load_model()
-    assert tower(torch.zeros(1, 3, 384, 384)).shape == (1, 729, 128)
+    assert tower(torch.zeros(1, 3, 384, 384)).shape == (1, 729, 64)
 
 
 def test_a_forward_that_returns_the_models_outputs_too(siglip):
@@ -294,8 +295,8 @@ def test_a_forward_that_returns_the_models_outputs_too(siglip):
     convert_tower(tower, registry.resolve("saep:stride=3"))
     tower.load_model()
     features, outs = tower(torch.zeros(1, 3, 384, 384))
-    assert tower.projector_layers == (14, 18, 26, 27)
-    assert features.shape == (1, 729, 128)
+    assert tower.projector_layers == (14, 27)
+    assert features.shape == (1, 729, 64)
     assert torch.equal(outs.hidden_states[27], features[..., -32:])
 
 
@@ -317,7 +318,7 @@ class Convolutional(torch.nn.Module):
 def test_a_tower_without_hidden_states_serves_types_of_one_layer():
     images, tower, stock = torch.randn(2, 3, 64, 64), Convolutional(), Convolutional()
     stock.load_state_dict(tower.state_dict())
-    with pytest.raises(ProjectorSpecError, match="reads 4 layers .* Convolutional, which gives no hidden states: pass"):
+    with pytest.raises(ProjectorSpecError, match="reads 2 layers .* Convolutional, which gives no hidden states: pass"):
         convert_tower(tower, registry.resolve("saep"))
     for type_string in ("avg_pool:stride=4", "saep:layers=-1,stride=4"):
         tower = Convolutional()
@@ -338,15 +339,23 @@ def test_a_tower_without_hidden_states_and_without_a_square_is_refused():
 
 def test_a_second_tower_takes_single_layer_types(towers, images):
     """MGM's auxiliary tower attends from the first tower's features, of the width of one layer."""
-    with pytest.raises(ProjectorSpecError, match="reads 4 layers .*--mm_vision_tower_aux .*pass saep:layers=7"):
+    with pytest.raises(ProjectorSpecError, match="reads 2 layers .*--mm_vision_tower_aux .*pass saep:layers=7"):
         towers("saep", mm_vision_tower_aux="convnext")
     tower = towers("saep:layers=7", mm_vision_tower_aux="convnext")
     assert torch.equal(tower(images[:1]), towers("mlp2x_gelu")(images[:1]))
 
 
-@pytest.mark.parametrize(("depth", "select", "layers"), [(24, -2, (12, 16, 22, 23)), (8, -2, (4, 5, 6, 7))])
-def test_default_layers_scale_with_the_depth(depth, select, layers):
-    assert resolve_layers(registry.resolve("saep"), depth, select) == layers
+@pytest.mark.parametrize(
+    ("name", "depth", "layers"),
+    [
+        ("saep", 24, (12, 23)),
+        ("saep", 8, (4, 7)),
+        ("tokenpacker", 24, (12, 16, 22, 23)),
+        ("tokenpacker", 8, (4, 5, 6, 7)),
+    ],
+)
+def test_default_layers_scale_with_the_depth(name, depth, layers):
+    assert resolve_layers(registry.resolve(name), depth, -2) == layers
 
 
 def test_a_patched_tower_outlives_unpatch(towers, images):

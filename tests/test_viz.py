@@ -34,12 +34,17 @@ def test_average_pooling_sees_its_region_evenly(type_string, side):
         torch.testing.assert_close(found, expected / expected.sum())
 
 
-def test_saep_sees_as_far_as_its_kernel():
-    projector = randomise(build_projector("saep:kernel_size=5", 8, 16))
+@pytest.mark.parametrize(("blocks_before", "blocks_after", "reach"), [(0, 0, 0), (1, 0, 1), (0, 1, 2), (1, 1, 3)])
+def test_saep_sees_as_far_as_its_kernels(blocks_before, blocks_after, reach):
+    projector = randomise(
+        build_projector(f"saep:kernel_size=5,blocks_before={blocks_before},blocks_after={blocks_after}", 8, 16)
+    )
     (found,) = viz.token_maps(projector, features_for(projector, batch=1), [3 * 6 + 2])
     rows, columns = (found.sum(dim).gt(0).nonzero().flatten().tolist() for dim in (1, 0))
-    # Output pixel i of a 5x5 kernel with stride 2 and padding 2 reaches from 2i - 2 to 2i + 2.
-    assert (rows, columns) == ([4, 5, 6, 7, 8], [2, 3, 4, 5, 6])
+    # Output pixel i of a 5x5 kernel with stride 2 and padding 2 reaches from 2i - 2 to 2i + 2; a block of 3x3 kernels
+    # one patch further before the stride, one token of two patches behind it.
+    sides = [range(max(0, 2 * i - 2 - reach), min(12, 2 * i + 3 + reach)) for i in (3, 2)]
+    assert (rows, columns) == tuple(map(list, sides))
 
 
 @pytest.mark.parametrize("side", [12, 11])
@@ -229,7 +234,7 @@ def test_other_random_directions_draw_the_same_map(tiny, type_string):
         features = model.features(model.pixels(picture)[None])
     first, second = (viz.token_maps(model.projector, features, [0, 27, 40], seed).flatten(1) for seed in (0, 1))
     for pair in zip(first, second):
-        assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.998
+        assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.997
 
 
 @pytest.mark.parametrize("type_string", ["saep:stride=3", "saep:kernel_size=2", "resampler:num_queries=4"])

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from benchmarks.spatial.train import run
 from benchmarks.speed.models import STOCK
 from benchmarks.table import Row, append_rows, read_rows
 from llava_projectors import registry
+from llava_projectors.projectors.base import multi_level_layers
 
 # The first one, "test", was asked in a comparison before SAEP's blocks, STF and Delta were there.
 TEST = "test2"
@@ -76,25 +77,32 @@ QUICK = Plan(
     name="quick",
 )
 
+
+def with_options(name: str, **options: Any) -> str:
+    """The type with these options, sorted, in the place of its own; None takes one out."""
+    spec = registry.parse_spec(name)
+    kept = {key: value for key, value in {**spec.options, **options}.items() if value is not None}
+    return str(replace(spec, options=dict(sorted(kept.items()))))
+
+
 # A resampler with as many tokens as stride 2 leaves; STF on eight hidden states, as published, which are all up to the
-# selected one; SAEP of that one alone, with blocks on both sides of the stride; the same with the largest value of each
-# region beside the strided convolution.
+# selected one.
 RESAMPLER = f"resampler:num_queries={(NUM_PATCHES_PER_SIDE // 2) ** 2}"
 STF = f"stf:layers={'+'.join(map(str, range(vision.SELECTED + 1)))}"
-TWO_LAYERS = f"{vision.DENSE_LAYER}+{vision.SELECTED}"
-DEEP_SAEP = f"saep:blocks_after=4,blocks_before=4,layers={vision.SELECTED}"
-MAX_SAEP = f"{DEEP_SAEP},shortcut=max"
-# The same with half the width between aggregation and readout.
-NARROW_SAEP = f"{MAX_SAEP},inner_size={vision.WIDTH // 2}"
-# One block on the full grid, where a block costs most.
-ONE_BEFORE = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED},shortcut=max"
-# One block on SAEP's default layers; on two layers; on the default layers with half the width.
-EVERY_LAYER = "saep:blocks_after=4,blocks_before=1,shortcut=max"
-ONE_BEFORE_TWO_LAYERS = f"saep:blocks_after=4,blocks_before=1,layers={TWO_LAYERS},shortcut=max"
-NARROW_EVERY_LAYER = f"{EVERY_LAYER},inner_size={vision.WIDTH // 2}"
-# One block on two layers, each normalised by itself; on one.
-NORMED = f"saep:blocks_after=4,blocks_before=1,layers={TWO_LAYERS},level_norm=layer,shortcut=max"
-NORMED_ONE_LAYER = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED},level_norm=layer,shortcut=max"
+# What SAEP is made of, one by one: a separable convolution on four layers and nothing else; blocks on both sides of the
+# stride, on the selected layer; with the largest value of each region beside the strided convolution; with one block on
+# the full grid, where a block costs most; on two layers. What is left to SAEP itself is a norm for each layer.
+FOUR_LAYERS = tuple(multi_level_layers(vision.SELECTED))
+ONE_LAYER = (vision.SELECTED,)
+PLAIN_SAEP = with_options(
+    "saep", blocks_before=0, blocks_after=0, layers=FOUR_LAYERS, level_norm="none", shortcut="average"
+)
+DEEP_SAEP = with_options("saep", blocks_before=4, layers=ONE_LAYER, level_norm="none", shortcut="average")
+MAX_SAEP = with_options(DEEP_SAEP, shortcut=None)
+ONE_BEFORE = with_options(MAX_SAEP, blocks_before=None)
+UNNORMED = with_options(ONE_BEFORE, layers=None)
+# Half the width between aggregation and readout.
+NARROW = {"inner_size": vision.WIDTH // 2}
 
 # Learning rates of stage 1 that the study `learning_rate` tries at each scale, and the best on validation; stage 2 has
 # one for all. Small: neighbours on a grid of factors of two, up to a best one that has a neighbour on each side.
@@ -103,7 +111,7 @@ NORMED_ONE_LAYER = f"saep:blocks_after=4,blocks_before=1,layers={vision.SELECTED
 ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {
         STOCK: (2e-3, 4e-3, 8e-3),
-        "saep": (1e-3, 2e-3, 4e-3, 8e-3),
+        PLAIN_SAEP: (1e-3, 2e-3, 4e-3, 8e-3),
         "tokenpacker": (1.25e-4, 2.5e-4, 5e-4),
         "avg_pool": (2e-3, 4e-3, 8e-3),
         "pixel_shuffle": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -114,22 +122,22 @@ ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "delta": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
         DEEP_SAEP: (2e-3, 4e-3, 8e-3, 1.6e-2),
         MAX_SAEP: (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-        NORMED: (4e-3, 8e-3, 1.6e-2),
+        "saep": (4e-3, 8e-3, 1.6e-2),
     },
     "medium": {
-        "saep": (2e-3, 4e-3),
+        PLAIN_SAEP: (2e-3, 4e-3),
         "tokenpacker": (2.5e-4, 5e-4),
         "ldpv2": (2e-3, 4e-3),
         "c_abstractor": (2e-3, 4e-3),
         STF: (2.5e-4, 5e-4, 1e-3),
         "delta": (2.5e-4, 5e-4),
-        NORMED: (2e-3, 4e-3, 8e-3),
+        "saep": (2e-3, 4e-3, 8e-3),
     },
 }
 ALL_BEST_RATES: dict[str, dict[str, float]] = {
     "small": {
         STOCK: 4e-3,
-        "saep": 4e-3,
+        PLAIN_SAEP: 4e-3,
         "tokenpacker": 2.5e-4,
         "avg_pool": 4e-3,
         "pixel_shuffle": 4e-3,
@@ -140,16 +148,16 @@ ALL_BEST_RATES: dict[str, dict[str, float]] = {
         "delta": 2.5e-4,
         DEEP_SAEP: 8e-3,
         MAX_SAEP: 1.6e-2,
-        NORMED: 8e-3,
+        "saep": 8e-3,
     },
     "medium": {
-        "saep": 2e-3,
+        PLAIN_SAEP: 2e-3,
         "tokenpacker": 2.5e-4,
         "ldpv2": 2e-3,
         "c_abstractor": 2e-3,
         STF: 5e-4,
         "delta": 5e-4,
-        NORMED: 2e-3,
+        "saep": 2e-3,
     },
 }
 RATES = ALL_RATES.get(sizes.NAME, ALL_RATES["small"])
@@ -170,17 +178,20 @@ def at_best_rate(*type_strings: str) -> tuple[Configuration, ...]:
 
 
 def with_stride(name: str, stride: int) -> str:
-    """The type with that stride; the type string must not name one."""
-    return f"{name}{',' if ':' in name else ':'}stride={stride}"
+    """The type with that stride."""
+    return with_options(name, stride=stride)
 
 
 def _tried_for(name: str) -> str:
-    """The key of BEST_RATE whose rate a type takes; SAEP with blocks wants other rates than without."""
-    if "blocks_" not in name:
+    """The key of BEST_RATE whose rate a type takes; SAEP with blocks, or with a norm for each layer, wants others."""
+    if kind(name) != "saep":
         return next(tried for tried in BEST_RATE if kind(tried) == kind(name))
-    if "shortcut=max" not in name:
-        return DEEP_SAEP
-    return NORMED if "level_norm=layer" in name else MAX_SAEP
+    options = registry.parse_spec(name).options
+    if options.get("blocks_after") == 0:
+        return PLAIN_SAEP
+    if options.get("level_norm") != "none":
+        return "saep"
+    return DEEP_SAEP if options.get("shortcut") == "average" else MAX_SAEP
 
 
 def kind(projector_type: str) -> str:
@@ -207,9 +218,9 @@ REDUCED = tuple(
     name
     for stride in (2, 3)
     for name in (
+        with_stride(PLAIN_SAEP, stride),
+        with_stride(UNNORMED, stride),
         with_stride("saep", stride),
-        with_stride(ONE_BEFORE_TWO_LAYERS, stride),
-        with_stride(NORMED, stride),
         f"tokenpacker:scale_factor={stride}",
         with_stride("avg_pool", stride),
         with_stride("pixel_shuffle", stride),
@@ -224,46 +235,47 @@ DEPTH = "depth"  # the rows about hidden states, of which there is no run
 RATE = "learning_rate"
 STUDIES = {
     RATE: Study(tuple(Configuration(name, rate) for name, rates in RATES.items() for rate in rates), seeds=1),
+    # Table "saep" is about the separable convolution alone.
     "saep": Study(
         at_best_rate(
-            "saep",
-            "saep:layers=7",
-            "saep:layers=4+7",
-            "saep:layers=1+3+5+7",
-            "saep:kernel_size=3",
-            "saep:kernel_size=4",
-            "saep:order=depthwise_first",
-            "saep:shortcut=none",
-            "saep:inner_size=256",
+            PLAIN_SAEP,
+            with_options(PLAIN_SAEP, layers=ONE_LAYER),
+            with_options(PLAIN_SAEP, layers=None),
+            with_options(PLAIN_SAEP, layers=(1, 3, 5, 7)),
+            with_options(PLAIN_SAEP, kernel_size=3),
+            with_options(PLAIN_SAEP, kernel_size=4),
+            with_options(PLAIN_SAEP, blocks_before=None, order="depthwise_first"),
+            with_options(PLAIN_SAEP, shortcut="none"),
+            with_options(PLAIN_SAEP, inner_size=256),
         )
     ),
     "tokenpacker": Study(at_best_rate("tokenpacker", "tokenpacker:layers=7", "tokenpacker:layers=1+3+5+7")),
     "options": Study(
         at_best_rate(
-            "saep",
-            "saep:shortcut=max",
-            "saep:blocks_after=2,blocks_before=2",
-            f"saep:blocks_after=8,layers={vision.SELECTED}",
+            PLAIN_SAEP,
+            with_options(PLAIN_SAEP, shortcut=None),
+            with_options(PLAIN_SAEP, blocks_after=2, blocks_before=2),
+            with_options(PLAIN_SAEP, blocks_after=8, layers=ONE_LAYER),
             DEEP_SAEP,
-            f"saep:blocks_after=7,blocks_before=4,layers={vision.SELECTED}",
-            f"saep:blocks_after=3,blocks_before=4,layers={TWO_LAYERS}",
-            f"saep:blocks_after=3,blocks_before=4,gate=softmax,layers={TWO_LAYERS}",
-            f"{DEEP_SAEP},positions=sine",
-            f"{DEEP_SAEP},dilations=1+2",
-            f"{DEEP_SAEP},level_kernel=3",
-            f"{DEEP_SAEP},readout_size={sizes.SIZES.llm_width // 2}",
+            with_options(DEEP_SAEP, blocks_after=7),
+            with_options(DEEP_SAEP, blocks_after=3, layers=None),
+            with_options(DEEP_SAEP, blocks_after=3, layers=None, gate="softmax"),
+            with_options(DEEP_SAEP, positions="sine"),
+            with_options(DEEP_SAEP, dilations=(1, 2)),
+            with_options(DEEP_SAEP, level_kernel=3),
+            with_options(DEEP_SAEP, readout_size=sizes.SIZES.llm_width // 2),
             MAX_SAEP,
-            NARROW_SAEP,
+            with_options(MAX_SAEP, **NARROW),
             ONE_BEFORE,
-            f"saep:blocks_after=3,blocks_before=4,layers={TWO_LAYERS},shortcut=max",
-            "saep:stride=3",
-            "saep:shortcut=max,stride=3",
-            f"{DEEP_SAEP},stride=3",
-            f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},stride=3",
-            f"{MAX_SAEP},stride=3",
-            f"{NARROW_SAEP},stride=3",
-            f"{ONE_BEFORE},stride=3",
-            f"saep:blocks_after=4,blocks_before=3,layers={TWO_LAYERS},shortcut=max,stride=3",
+            with_options(MAX_SAEP, blocks_after=3, layers=None),
+            with_stride(PLAIN_SAEP, 3),
+            with_options(PLAIN_SAEP, shortcut=None, stride=3),
+            with_stride(DEEP_SAEP, 3),
+            with_options(DEEP_SAEP, blocks_before=3, layers=None, stride=3),
+            with_stride(MAX_SAEP, 3),
+            with_options(MAX_SAEP, stride=3, **NARROW),
+            with_stride(ONE_BEFORE, 3),
+            with_options(MAX_SAEP, blocks_before=3, layers=None, stride=3),
             "c_abstractor",
             "c_abstractor:stride=3",
         )
@@ -275,14 +287,14 @@ STUDIES = {
                 with_stride(name, stride)
                 for stride in (2, 3)
                 for name in (
-                    "saep",
-                    "saep:shortcut=max",
+                    PLAIN_SAEP,
+                    with_options(PLAIN_SAEP, shortcut=None),
                     ONE_BEFORE,
-                    ONE_BEFORE_TWO_LAYERS,
-                    NORMED,
-                    NORMED_ONE_LAYER,
-                    EVERY_LAYER,
-                    NARROW_EVERY_LAYER,
+                    UNNORMED,
+                    "saep",
+                    with_options("saep", layers=ONE_LAYER),
+                    with_options(UNNORMED, layers=FOUR_LAYERS),
+                    with_options(UNNORMED, layers=FOUR_LAYERS, **NARROW),
                     "c_abstractor",
                 )
             )

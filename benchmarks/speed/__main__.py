@@ -18,7 +18,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         prog="python -m benchmarks.speed",
         description="Interleaves the candidates in one run, writes one CSV with machine and versions, prints a table "
         "of each suite and the targets, and draws the CSV. Models have random weights; nothing is downloaded. "
-        "On a CPU a full run takes 25 to 45 minutes on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten "
+        "On a CPU a full run takes 25 to 50 minutes on 2 cores (an LLM of 0.3 B); on CUDA it is sized for under ten "
         "minutes (the shape of LLaVA-7B, whose full training step wants some 90 GiB; what does not fit is left out "
         "and named). What an earlier run on the same machine measured stays in the CSV until it is measured anew.",
     )

@@ -20,6 +20,7 @@ class NaiveTokenPacker(nn.Module):
         super().__init__()
         width = mm_hidden_size
         self.scale_factor = scale_factor
+        self.num_levels = levels
         self.q_proj_1 = nn.Linear(width, width, bias=False)
         self.k_proj_1 = nn.Sequential(nn.Linear(levels * width, width), nn.GELU(), nn.Linear(width, width))
         self.v_proj_1 = nn.Sequential(nn.Linear(levels * width, width), nn.GELU(), nn.Linear(width, width))

@@ -153,13 +153,17 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
         with device:
             projectors = {subject: make_projector(subject, width, hidden).to(dtype) for subject in chosen}
         for batch in plan.batches:
-            features = torch.randn(batch, NUM_PATCHES_PER_SIDE**2, 4 * width, device=device).to(dtype)
+            # Types that read equally many layers read the same tensor.
+            levels = {subject: getattr(projector, "num_levels", 1) for subject, projector in projectors.items()}
+            features = {
+                count: torch.randn(batch, NUM_PATCHES_PER_SIDE**2, count * width, device=device).to(dtype)
+                for count in set(levels.values())
+            }
             for measure in ("forward", "forward+backward"):
                 candidates = {}
                 for subject, projector in projectors.items():
                     work = flops.projector(subject, NUM_PATCHES_PER_SIDE, width, hidden)
-                    # LLaVA's own projector reads one layer.
-                    x = features[..., -width:].contiguous() if subject.type_string == STOCK else features
+                    x = features[levels[subject]]
                     tokens = subject.visual_tokens
                     if measure == "forward":
                         candidates[subject] = Candidate(without_grad(projector, x), batch * work.forward, tokens)
@@ -327,6 +331,7 @@ class _WithKernels(nn.Module):
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
+        self.num_levels = projector.num_levels
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         before = os.environ.get(kernels.VARIABLE, "0")

@@ -127,9 +127,9 @@ def logits_on_this_stack(folder: Path, cases: Sequence[Case]) -> list[torch.Tens
     mapping = transformers.CONFIG_MAPPING
     tower_config = mapping[config["vision_config"]["model_type"]](**config["vision_config"])
     tower = part(transformers.AutoModel.from_config(tower_config), "model.vision_tower.")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config["mm_projector_options"].items()}
     widths = config["vision_config"]["hidden_size"], config["text_config"]["hidden_size"]
     cls: Any = projector_class(config["mm_projector_type"])
+    options = cls.options_from_record(config["mm_projector_options"])
     projector = part(cls(*widths, **options), "model.multi_modal_projector.")
     llm_config = mapping[config["text_config"]["model_type"]](**config["text_config"])
     llm = transformers.AutoModelForCausalLM.from_config(llm_config)

@@ -52,10 +52,10 @@ def differences(path: str, projector: Projector, tower: ReducedTower) -> str:
     config = weights.read_config_beside(path)
     if not config:
         return "has no config.json beside it, so it cannot be known which stride and layers it was trained for"
-    recorded = config.get(OPTIONS_SETTING) or _options_by_type(config)
-    now = options_of(projector, tower)
+    recorded = projector.options_from_record(config.get(OPTIONS_SETTING, {})) or _options_by_type(config)
+    now = projector.options_from_record(options_of(projector, tower))
     wrong = [
-        f"{name}={format_value(_tuple(recorded[name]))} (now {format_value(_tuple(now[name]))})"
+        f"{name}={format_value(recorded[name])} (now {format_value(now[name])})"
         for name in now
         if name in recorded and recorded[name] != now[name]
     ]
@@ -69,7 +69,3 @@ def _options_by_type(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     options = registry.resolve(type_string, SimpleNamespace(**config)).options
     return {name: value for name, value in options.items() if value is not None and name != "layers"}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

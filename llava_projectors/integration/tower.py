@@ -106,7 +106,7 @@ class ReducedTower(nn.Module):
         )
 
     def describe(self) -> str:
-        """`576 -> 144 visual tokens per image (24x24 -> 12x12), hidden states 12+16+22+23`."""
+        """`576 -> 144 visual tokens per image (24x24 -> 12x12), hidden states 12+23`."""
         layers = (
             f"hidden states {format_value(self.projector_layers)}"
             if self.projector_layers

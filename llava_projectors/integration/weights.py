@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import build_projector, list_projectors, resolve
+from llava_projectors.registry import OPTIONS_SETTING, as_trained, build_projector, forms, resolve
 from llava_projectors.spec import ProjectorSpecError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -183,14 +183,14 @@ def identify(found: Collection[str]) -> Optional[str]:
     linears = {int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+\.(weight|bias)", name)}
     if names and len(names) == 2 * len(linears) and linears == set(range(0, 2 * len(linears), 2)):
         return f"mlp{len(linears)}x_gelu"
-    for name in list_projectors():
+    for type_string in forms():
         try:
             with torch.device("meta"):
-                projector = build_projector(name, 128, 128)
+                projector = build_projector(type_string, 128, 128)
         except ProjectorSpecError:  # a user's type may need options
             continue
         if names == {parameter for parameter, _ in projector.named_parameters()}:
-            return name
+            return type_string
     return None
 
 
@@ -213,10 +213,12 @@ def check_adapter(projector: Projector, type_string: str, path: str) -> None:
     wrong = problems(expected_shapes(projector), found)
     if not wrong:
         return
-    written_as = read_config_beside(path).get("mm_projector_type")
+    beside = read_config_beside(path)
+    written_as = beside.get("mm_projector_type")
     cause = likely_cause(projector, found)
     if written_as is not None:
-        cause = f"The config.json beside it says it was trained as {written_as!r}: pass that type, or its own weights."
+        trained_as = as_trained(written_as, beside.get(OPTIONS_SETTING, {}))
+        cause = f"The config.json beside it says it was trained as {trained_as!r}: pass that type, or its own weights."
     raise ProjectorWeightsError(
         f"--pretrain_mm_mlp_adapter {path} does not fit --mm_projector_type {type_string}: {wrong}. {cause}"
     )

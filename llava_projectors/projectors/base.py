@@ -23,6 +23,11 @@ def multi_level_layers(selected: int) -> tuple[int, ...]:
     return (n // 2, 2 * n // 3, n - 2, n - 1)
 
 
+def middle_and_selected(selected: int) -> tuple[int, ...]:
+    """Two hidden states: n//2 of n = selected + 1, and the selected one. For CLIP ViT-L (selected = 23) 12 and 23."""
+    return ((selected + 1) // 2, selected)
+
+
 def single_layer(selected: int) -> tuple[int, ...]:
     """Only the hidden state that LLaVA itself selects."""
     return (selected,)
@@ -58,12 +63,15 @@ class Projector(nn.Module):
         default_layers: the selected hidden state's index -> the hidden states to aggregate.
         stride_option: the name that the stride has among the options.
         config_options: options that LLaVA's config may give when the type string does not.
+        without_record: options as they were before checkpoints recorded them, where their defaults
+            are something else now. A record that lacks one is read with it.
     """
 
     name: ClassVar[str]
     default_layers: ClassVar[Any] = staticmethod(single_layer)
     stride_option: ClassVar[str] = "stride"
     config_options: ClassVar[tuple[str, ...]] = ()
+    without_record: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, mm_hidden_size: int, hidden_size: int, layers: Optional[tuple[int, ...]], stride: int) -> None:
         super().__init__()
@@ -71,6 +79,14 @@ class Projector(nn.Module):
         self.hidden_size = hidden_size
         self.num_levels = self.count_levels(layers)
         self.stride = stride
+
+    @classmethod
+    def options_from_record(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What a config has recorded as keyword arguments: lists of JSON made tuples, options that it lacks added."""
+        if not recorded:
+            return {}
+        known = {**cls.without_record, **recorded}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
     @classmethod
     def count_levels(cls, layers: Optional[tuple[int, ...]]) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import torch
 from torch import nn
 
-from llava_projectors.projectors.base import Projector, multi_level_layers
+from llava_projectors.projectors.base import Projector, middle_and_selected
 from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate, LevelNorm, SeparableBlock
 from llava_projectors.projectors.grid import average_regions, max_regions, pad_grid
 from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, sine_positions
@@ -21,48 +21,48 @@ class SAEP(Projector):
 
     From the paper: features of several layers of the vision tower, a modified depthwise
     separable convolution that keeps the spatial order, 75 % fewer visual tokens (stride 2).
-    Our choices, each an option: which layers, the kernel size, the order of the two halves,
-    the shortcut beside the depthwise half, the inner width. Ours without an option: one
-    LayerNorm over the channels (eps 1e-6), and `mlp2x_gelu`'s shape as the readout. No option
-    of these beats the defaults beyond the interval in the ablation on a small controlled task,
-    table "saep" in benchmarks/results/spatial.md (stride 2): there a 3x3 kernel costs 1.0 point
-    (-0.2 to 2.1), leaving the shortcut out 0.9 (-0.4 to 2.3); layers, order and inner width
-    are within 0.6. Table "comparison" there: level with all tokens at a quarter of them.
+    Everything else is our choice, and nearly all of it an option; without one are a LayerNorm over
+    the channels before the readout (eps 1e-6) and `mlp2x_gelu`'s shape as the readout.
 
-        x = aggregate(features)                       [B, H, W, L*C] -> [B, H, W, inner]
-        y = depthwise(x) + average of each region(x)                 -> [B, H/s, W/s, inner]
-    (H/s rounded up; padded positions are zero to the convolution and do not count in the average)
-        tokens = readout(norm(y))                                    -> [B, M, D]
+        x = aggregate(level_norm(features))           [B, H, W, L*C] -> [B, H, W, inner]
+        x = before(x)                                                -> [B, H, W, inner]
+        y = depthwise(x) + largest of each region(x)                 -> [B, H/s, W/s, inner]
+    (H/s rounded up; padded positions are zero to the convolution and the shortcut does not see them)
+        tokens = readout(norm(after(y)))                             -> [B, M, D]
 
-    Further options are off by default. In the same study (table "comparison") one block before the
-    stride, four behind it, `shortcut=max` and `level_norm=layer` on two layers are ahead of every
-    other type, and at a harder scale, with one seed, of those that were run there. The default stays
-    until that has more seeds.
-    `shortcut=max`: what one patch of a region says is not diluted;
+    What each part is for:
+    `layers`: the selected layer has lost detail that one in the middle of the tower still has;
+    `level_norm`: no layer outweighs another by its magnitude, as in COMM (arXiv 2310.08825);
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
-    2312.06742); `dilations`: these blocks see further, as mixed kernel sizes would (arXiv
-    1907.09595), at the cost of 3x3; `level_norm`: no layer of the tower outweighs another by its
-    magnitude, as in COMM (arXiv 2310.08825); `level_kernel`: each layer of the tower gets a spatial
+    2312.06742); `shortcut=max`: what one patch of a region says is not diluted.
+    Off by default: `dilations`: the blocks see further, as mixed kernel sizes would (arXiv
+    1907.09595), at the cost of 3x3; `level_kernel`: each layer of the tower gets a spatial
     filter of its own; `gate`: which layers matter may differ by place; `positions`: the convolution
-    alone tells a token only how near the border it is; `readout_size`: at stride 2 more than half
+    alone tells a token only how near the border it is; `readout_size`: at stride 2 nearly half
     of all operations are there.
+
+    The defaults are those with the most right answers in a study on a controlled task, at two scales
+    (benchmarks/README.md): ahead of every other type of this package, and of SAEP without blocks,
+    norm of the layers and largest value, which was the default in 0.1.0.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
         hidden_size: D, width of the LLM.
         stride: s, side of the region of patches that becomes one token.
-        layers: hidden states to aggregate, ascending; default `multi_level_layers`.
+        layers: hidden states to aggregate, ascending; default `middle_and_selected`.
         kernel_size: side of the depthwise kernel, at least the stride; default the smallest odd
             number from stride + 2. A kernel reaches over its region by (kernel_size - stride) patches.
         order: `pointwise_first` aggregates the layers on the full grid; `depthwise_first` runs
             the convolution on all L*C channels and aggregates on the reduced grid.
-        shortcut: what is added to the convolution, channel by channel: `average`, each region's mean;
-            `max`, its largest value; `none`, nothing.
+        shortcut: what is added to the convolution, channel by channel: `max`, each region's largest
+            value; `average`, its mean; `none`, nothing.
         inner_size: width between aggregation and readout; default mm_hidden_size.
-        blocks_before: residual `SeparableBlock`s on the full grid, between aggregation and stride.
+        blocks_before: residual `SeparableBlock`s on the full grid, between aggregation and stride;
+            default 1, with `depthwise_first` 0.
         blocks_after: the same on the reduced grid, before the norm.
         dilations: of the 3x3 kernels in these blocks; several divide the channels among them.
-        level_norm: `layer` normalises each layer of the tower by itself (`LevelNorm`), before everything else.
+        level_norm: `layer` normalises each layer of the tower by itself (`LevelNorm`), before everything
+            else; or `none`.
         level_kernel: side, an odd number, of a depthwise convolution beside a shortcut on all L*C
             channels, behind `level_norm`; 0 for none.
         gate: `softmax` weighs the layers at each patch by a learned score, equal at the start.
@@ -75,7 +75,13 @@ class SAEP(Projector):
             blocks before the stride where the layers are aggregated behind it.
     """
 
-    default_layers = staticmethod(multi_level_layers)
+    default_layers = staticmethod(middle_and_selected)
+    without_record: ClassVar[Mapping[str, Any]] = {
+        "blocks_before": 0,
+        "blocks_after": 0,
+        "level_norm": "none",
+        "shortcut": "average",
+    }
 
     def __init__(
         self,
@@ -86,12 +92,12 @@ class SAEP(Projector):
         layers: Optional[tuple[int, ...]] = None,
         kernel_size: Optional[int] = None,
         order: Literal["pointwise_first", "depthwise_first"] = "pointwise_first",
-        shortcut: Literal["average", "max", "none"] = "average",
+        shortcut: Literal["average", "max", "none"] = "max",
         inner_size: Optional[int] = None,
-        blocks_before: int = 0,
-        blocks_after: int = 0,
+        blocks_before: Optional[int] = None,
+        blocks_after: int = 4,
         dilations: tuple[int, ...] = (1,),
-        level_norm: Literal["none", "layer"] = "none",
+        level_norm: Literal["none", "layer"] = "layer",
         level_kernel: int = 0,
         gate: Literal["none", "softmax"] = "none",
         positions: Literal["none", "sine"] = "none",
@@ -108,6 +114,9 @@ class SAEP(Projector):
         for name in ("inner_size", "readout_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if blocks_before is None:
+            blocks_before = 0 if order == "depthwise_first" else 1
+        self.blocks_before = blocks_before
         if blocks_before and order == "depthwise_first":
             raise ValueError(f"blocks_before={blocks_before} needs order=pointwise_first; or pass blocks_after")
         if dilations != (1,) and not (blocks_before or blocks_after):
@@ -117,17 +126,8 @@ class SAEP(Projector):
         self.positions = positions
         in_channels = self.num_levels * mm_hidden_size
         depthwise_channels = self.inner_size if order == "pointwise_first" else in_channels
-        self.aggregate = nn.Linear(in_channels, self.inner_size)
-        self.depthwise = DepthwiseConv2d(
-            depthwise_channels,
-            kernel_size,
-            stride=stride,
-            # Enough on each side that the output is exactly grid / stride.
-            padding=(kernel_size - stride + 1) // 2,
-        )
-        self.norm = nn.LayerNorm(self.inner_size, eps=1e-6)
-        self.readout = TwoLayerMLP(self.inner_size, hidden_size, self.readout_size)
-        # Without their options, these are empty: no parameter, no name, no random number drawn.
+        # In the order of the forward pass, so that `projector[-1]` is the last linear layer. What an option leaves
+        # out is empty.
         self.levels = nn.Sequential()
         if level_norm == "layer":
             self.levels.append(LevelNorm(self.num_levels))
@@ -135,8 +135,18 @@ class SAEP(Projector):
             self.levels.append(LevelConvolution(in_channels, level_kernel))
         if gate == "softmax":
             self.levels.append(LevelGate(self.num_levels, mm_hidden_size))
+        self.aggregate = nn.Linear(in_channels, self.inner_size)
         self.before = _blocks("blocks_before", blocks_before, self.inner_size, dilations)
+        self.depthwise = DepthwiseConv2d(
+            depthwise_channels,
+            kernel_size,
+            stride=stride,
+            # Enough on each side that the output is exactly grid / stride.
+            padding=(kernel_size - stride + 1) // 2,
+        )
         self.after = _blocks("blocks_after", blocks_after, self.inner_size, dilations)
+        self.norm = nn.LayerNorm(self.inner_size, eps=1e-6)
+        self.readout = TwoLayerMLP(self.inner_size, hidden_size, self.readout_size)
 
     @classmethod
     def output_side(cls, side: int, options: Mapping[str, Any]) -> int:

@@ -23,10 +23,8 @@ def build_projector(config: Any) -> nn.Module:
     Args:
         config: with `mm_projector_type`, `mm_projector_options`, `vision_config` and `text_config`.
     """
-    options = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.mm_projector_options.items()
-    }
     cls: Any = projector_class(config.mm_projector_type)
+    options = cls.options_from_record(config.mm_projector_options)
     return cls(config.vision_config.hidden_size, config.text_config.hidden_size, **options)
 
 

@@ -28,6 +28,7 @@ from llava_projectors.projectors import registration
 from llava_projectors.serving.travel import DoesNotTravel, travelling_code
 
 OURS = ("saep", "tokenpacker")
+LAYERS = {"saep": [4, 7], "tokenpacker": [4, 5, 6, 7]}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_full_checkpoint(trained, tmp_path, llava_says, projector_type):
     assert largest_difference(tmp_path / "out", llava_says(source)) < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["mm_projector_type"] == projector_type
-    assert config["mm_projector_options"]["layers"] == config["vision_feature_layer"] == [4, 5, 6, 7]
+    assert config["mm_projector_options"]["layers"] == config["vision_feature_layer"] == LAYERS[projector_type]
     assert config["text_config"]["vocab_size"] % 64 == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
@@ -295,7 +296,7 @@ def test_a_siglip_tower(tiny, trained, tmp_path):
 
     export_checkpoint(str(source), tmp_path / "out", dtype="float32")
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert exported["vision_feature_layer"] == [4, 5, 6, 7]  # of 8, counted from 0: the 8th layer is not read
+    assert exported["vision_feature_layer"] == [4, 7]  # of 8, counted from 0: the 8th layer is not read
     assert exported["vision_feature_select_strategy"] == "full"
     assert exported["image_seq_length"] == 16
     processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
@@ -310,7 +311,7 @@ def test_a_siglip_tower(tiny, trained, tmp_path):
         projector.load_state_dict(
             {k.split("mm_projector.")[1]: v.float() for k, v in weights.items() if "mm_proj" in k}
         )
-        tokens = projector(torch.cat([states[n] for n in (4, 5, 6, 7)], -1))
+        tokens = projector(torch.cat([states[n] for n in (4, 7)], -1))
         from transformers import LlamaForCausalLM
 
         llm = LlamaForCausalLM.from_pretrained(source).float()
@@ -560,4 +561,4 @@ def test_transformers_is_not_touched_before_its_llava_is_imported():
 def test_checkpoints_are_read_by_their_headers(trained):
     """A weight's shape is known before it is read."""
     weight = read_checkpoint(trained("saep").checkpoint).weights["model.mm_projector.aggregate.weight"]
-    assert weight.shape == weight.read().shape == (32, 128)
+    assert weight.shape == weight.read().shape == (32, 64)

@@ -11,9 +11,11 @@ from llava_projectors import build_projector, list_projectors
 pytestmark = pytest.mark.cuda
 
 STRIDES = [f"{name}={stride}" for name in ("saep:stride", "tokenpacker:scale_factor") for stride in (3, 4)]
-TYPES = [*list_projectors(), *STRIDES]
+TYPES = [*list_projectors(), *STRIDES, "saep:shortcut=average"]
 # Of the norm. Half precision rounds every intermediate value.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}
+# Where two patches of a region are as large in half precision, the gradient goes to another than in float64.
+OF_A_MAXIMUM = {torch.float32: 2e-5, torch.bfloat16: 0.3, torch.float16: 0.2}
 # Channels of a hidden state, width of the LLM, sides of the patch grid: one that strides divide, one that none does.
 SIZES = {"cpu": (32, 16, (12, 7)), "cuda": (256, 256, (24, 23))}
 
@@ -43,9 +45,11 @@ def test_values_and_gradients(device, projector_type, dtype):
     for side in SIZES[device][2]:
         projector, features, expected = reference(projector_type, dtype, device, side)
         found = tokens_and_gradients(copy.deepcopy(projector).to(device), features.to(device))
+        of_gradients = OF_A_MAXIMUM if getattr(projector, "shortcut", None) == "max" else TOLERANCES
         largest = max(value.norm() for name, value in expected.items() if name not in ("tokens", "features"))
         for name, value in expected.items():
             assert found[name].dtype == dtype, (side, name)
             # A gradient that cancels, as that of the keys' bias, is only as exact as the others.
             scale = max(value.norm(), 0.05 * largest)
-            assert (found[name].cpu().double() - value).norm() < TOLERANCES[dtype] * scale, (side, name)
+            tolerance = (TOLERANCES if name == "tokens" else of_gradients)[dtype]
+            assert (found[name].cpu().double() - value).norm() < tolerance * scale, (side, name)
