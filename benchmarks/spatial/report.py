@@ -247,46 +247,43 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
         2, len(counts), squeeze=False, figsize=size, sharey="row", sharex=True, layout="constrained"
     )
     labels, explained = _labels(results.types)
-    texts: dict[Any, list[Any]] = {}
     for row, metric in zip(axes, ("all", "position")):
         for axis, count in zip(row, counts):
             names = [name for name in results.types if results.tokens[name] in (count, whole)]
             points = [
                 (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), name) for name in names
             ]
-            texts[axis] = _trade(axis, points, labels)
+            _trade(axis, points, labels)
             axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
     figure.suptitle("\n".join(explained), size=8)
     figure.supxlabel(
         f"time of the projector in LLaVA-1.5 7B ({what}, batch {batch}) as a part of {STOCK}'s, on {cost.machine()}"
     )
     figure.supylabel(f"answers that are right, %, {results.split} split (bars: 95 % interval)")
-    figure.draw_without_rendering()  # the layout, on which it depends what covers what
-    numpy.random.seed(0)  # labels that cover each other are moved at random at first
+    figure.draw_without_rendering()  # which labels cover each other depends on the layout
+    numpy.random.seed(0)  # adjust_text moves them at random at first
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
-    for axis, placed in texts.items():
-        adjust_text(placed, ax=axis, expand=(1.25, 1.6), arrowprops=line, iter_lim=500)
+    for axis in axes.flat:
+        adjust_text(list(axis.texts), ax=axis, expand=(1.25, 1.6), arrowprops=line, iter_lim=500)
     figure.savefig(target, dpi=90)
     pyplot.close(figure)
 
 
-def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]], labels: dict[str, str]) -> list[Any]:
-    """Draw one panel; returns the labels, which may cover each other until they are moved."""
+def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]], labels: dict[str, str]) -> None:
+    """Draw one panel, whose labels may cover each other until they are moved."""
     frontier: list[tuple[float, float]] = []
-    texts = []
     for time, *interval, name in sorted(points):
         estimate, low, high = (100 * value for value in interval)
         spread = [[estimate - low], [high - estimate]]
         colour = f"C{int(kind(name) in OURS)}"
         axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        texts.append(axis.text(time, estimate, labels[name], size=8, color=colour))
+        axis.text(time, estimate, labels[name], size=8, color=colour)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.15)
-    return texts
 
 
 def _labels(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -152,9 +152,9 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     for dtype in plan.dtypes:
         with device:
             projectors = {subject: make_projector(subject, width, hidden).to(dtype) for subject in chosen}
+        # Types that read equally many layers read the same tensor.
+        levels = {subject: getattr(projector, "num_levels", 1) for subject, projector in projectors.items()}
         for batch in plan.batches:
-            # Types that read equally many layers read the same tensor.
-            levels = {subject: getattr(projector, "num_levels", 1) for subject, projector in projectors.items()}
             features = {
                 count: torch.randn(batch, NUM_PATCHES_PER_SIDE**2, count * width, device=device).to(dtype)
                 for count in set(levels.values())

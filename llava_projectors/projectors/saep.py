@@ -21,8 +21,8 @@ class SAEP(Projector):
 
     From the paper: features of several layers of the vision tower, a modified depthwise
     separable convolution that keeps the spatial order, 75 % fewer visual tokens (stride 2).
-    Everything else is our choice, and nearly all of it an option; without one are a LayerNorm over
-    the channels before the readout (eps 1e-6) and `mlp2x_gelu`'s shape as the readout.
+    Everything else is our choice. All of it has an option, except the LayerNorm over the channels
+    before the readout (eps 1e-6) and the readout's shape, which is that of `mlp2x_gelu`.
 
         x = aggregate(level_norm(features))           [B, H, W, L*C] -> [B, H, W, inner]
         x = before(x)                                                -> [B, H, W, inner]
@@ -42,8 +42,8 @@ class SAEP(Projector):
     of all operations are there.
 
     The defaults are those with the most right answers in a study on a controlled task, at two scales
-    (benchmarks/README.md): ahead of every other type of this package, and of SAEP without blocks,
-    norm of the layers and largest value, which was the default in 0.1.0.
+    (benchmarks/README.md). They are ahead of every other type of this package, and of the default of
+    0.1.0, which had no blocks, no norm of the layers, and the mean in place of the largest value.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
