@@ -205,7 +205,7 @@ def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
     known = registration.options[spec.name]
     kept = registration.classes[spec.name].options_from_record(recorded)
     now = resolve(type_string).options
-    if all(kept.get(name, value) == value for name, value in now.items() if value is not None):
+    if all(_agree(value, kept.get(name, value)) for name, value in now.items() if value is not None):
         return type_string
     differing = {name: value for name, value in kept.items() if name in known and value != known[name].default}
     return str(ProjectorSpec(spec.name, dict(sorted(differing.items()))))
@@ -224,7 +224,7 @@ def _record(type_string: str, config: Any, known: Mapping[str, Option]) -> dict[
 
 
 def _agree(given: Any, kept: Any) -> bool:
-    """Whether an option that was typed is the one that was recorded; layers counted from the end are not compared."""
+    """Whether a typed option is the recorded one; layers counted from the end are not compared."""
     return given == kept or (isinstance(given, tuple) and min(given) < 0)
 
 

@@ -263,6 +263,8 @@ def test_an_adapter_of_the_older_default_says_what_to_pass(adapter, model_args, 
     model.get_model().initialize_vision_modules(model_args(older, pretrain_mm_mlp_adapter=str(adapter)))
     assert registry.as_trained("saep", OPTIONS) == "saep"
     assert registry.as_trained("linear", OPTIONS) == "linear"
+    # A record has the layers' numbers; counted from the end they are the same.
+    assert registry.as_trained("tokenpacker:layers=-2", {"layers": [3]}) == "tokenpacker:layers=-2"
 
 
 def test_reading_an_adapter_keeps_names_and_shapes(adapter):
