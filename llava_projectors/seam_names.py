@@ -14,10 +14,11 @@ TOWER_BUILDERS = ("build_vision_tower", "build_image_tower")
 PROJECTOR_BUILDERS = ("build_vision_projector", "build_image_projector")
 MODEL_LOADERS = ("load_pretrained_model",)
 SEAM_FUNCTIONS = frozenset([*TOWER_BUILDERS, *PROJECTOR_BUILDERS, *MODEL_LOADERS])
-SEAM_METHODS = frozenset(
-    {"initialize_vision_modules", "initialize_seg_modules", "initialize_depth_modules",
-     "prepare_inputs_labels_for_multimodal"}
-)  # fmt: skip
+VISION_INITIALIZER = "initialize_vision_modules"
+FURTHER_INITIALIZERS = ("initialize_seg_modules", "initialize_depth_modules")
+INITIALIZERS = frozenset([VISION_INITIALIZER, *FURTHER_INITIALIZERS])
+INPUTS_PREPARER = "prepare_inputs_labels_for_multimodal"
+SEAM_METHODS = INITIALIZERS | {INPUTS_PREPARER}
 SEAM_CLASS_ENDING = "ForCausalLM"
 
 

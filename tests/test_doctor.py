@@ -191,6 +191,15 @@ def test_a_tower_that_cannot_wait_for_its_weights(fork):
     assert (found.verdict, found.reason[:10]) == ("works", "576 -> 144")
 
 
+def test_a_constructor_of_another_class(fork):
+    """Osprey's class that prepares inputs has a constructor; the model's is the one that builds tower and projector."""
+    own = "class LlavaMetaForCausalLM(ABC):\n    def __init__(self):\n        super().__init__()\n"
+    found = fork((ARCH, "class LlavaMetaForCausalLM(ABC):\n", own))
+    assert (found.verdict, found.reason[:10]) == ("works", "576 -> 144")
+    constructor = next(row for row in found.seams if row.seam == "model constructor")
+    assert constructor.where == ("myfork.model.llava_arch.LlavaMetaModel.__init__",)
+
+
 def test_packages_that_are_not_llava():
     out = say("--package", "lava", "--package", "json", status=1)
     assert "lava: not checked: no package 'lava' can be imported here: install LLaVA in this environment" in out

@@ -46,6 +46,8 @@ class Seam:
             not ours.
         required: whether our types cannot work without it. The others are safeguards, which a
             program that never imports their module does without.
+        beside: methods of which the class has to define one, so that a name as common as `__init__` is not taken
+            from another class.
         inherited: the class inherits the attribute, and gets one of its own in front of it.
     """
 
@@ -56,6 +58,7 @@ class Seam:
     replacement: Callable[..., Any]
     on_error: Optional[Callable[[ValueError, Any], ValueError]] = None
     required: bool = True
+    beside: frozenset[str] = seam_names.SEAM_METHODS
     inherited: bool = False
 
     def __str__(self) -> str:
@@ -76,17 +79,24 @@ SEAMS = (
         wrappers.build_projector,
         on_error=wrappers.explain_unknown_type,
     ),
-    Seam("model constructor", ("__init__",), True, _argument(1), wrappers.construct_model),
+    Seam(
+        "model constructor",
+        ("__init__",),
+        True,
+        _argument(1),
+        wrappers.construct_model,
+        beside=seam_names.INITIALIZERS,
+    ),
     Seam(
         "vision initializer",
-        ("initialize_vision_modules",),
+        (seam_names.VISION_INITIALIZER,),
         True,
         wrappers.settings_of_training,
         wrappers.initialize_vision_modules,
     ),
     Seam(
         "further initializers",
-        ("initialize_seg_modules", "initialize_depth_modules"),
+        seam_names.FURTHER_INITIALIZERS,
         True,
         wrappers.settings_of_model_in_use,
         wrappers.initialize_other_readers,
@@ -124,7 +134,7 @@ SEAMS = (
     ),
     Seam(
         "inputs preparer",
-        ("prepare_inputs_labels_for_multimodal",),
+        (seam_names.INPUTS_PREPARER,),
         True,
         wrappers.settings_of_model_in_use,
         high_resolution.prepare_inputs,
@@ -190,7 +200,7 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
         if seam.inherited:
             is_model = name.endswith(seam_names.SEAM_CLASS_ENDING)
         else:
-            is_model = not seam_names.SEAM_METHODS.isdisjoint(vars(value))
+            is_model = not seam.beside.isdisjoint(vars(value))
         for attribute in seam.names if is_model else ():
             if attribute in vars(value) or (seam.inherited and hasattr(value, attribute)):
                 yield value, attribute
