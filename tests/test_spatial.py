@@ -678,3 +678,29 @@ def test_documents_say_what_the_options_gave():
     assert "half the inner width {} % and {} %".format(*narrow) in text
     other = percent("c_abstractor"), percent("c_abstractor:stride=3")
     assert "`c_abstractor` has {} % and {} % in the same runs".format(*other) in text
+
+
+def test_documents_say_what_the_finalists_gave():
+    rows = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == "finalists"]
+    results = report.Results(rows, "finalists")
+    assert {len(results.correct[name]["relative"]) for name in results.types} == {3}
+    lines = (command.RESULTS.parent / "README.md").read_text().splitlines()
+    text = next(line for line in lines if "**What was chosen on validation**" in line)
+    half = len(results.types) // 2
+    for both in zip(results.types[:half], results.types[half:]):
+        assert "{:.1f} % and {:.1f} %".format(*(100 * results.accuracy(name, "all")[0] for name in both)) in text, both
+
+    def points(name, other):
+        return [
+            100 * value
+            for stride in (2, 3)
+            for value in results.difference(study.with_stride(name, stride), study.with_stride(other, stride), "all")
+        ]
+
+    with_max = study.with_options(study.PLAIN_SAEP, shortcut=None)
+    for name, other in ((with_max, study.PLAIN_SAEP), ("saep", study.UNNORMED), ("saep", "c_abstractor")):
+        assert "{:.1f} ({:.1f} to {:.1f}) and {:.1f} ({:.1f} to {:.1f}) points".format(*points(name, other)) in text
+    _, low, high, _, low_3, high_3 = points("saep", study.with_options("saep", layers=study.ONE_LAYER))
+    # "level"
+    assert low < 0 < high
+    assert low_3 < 0 < high_3
