@@ -88,6 +88,7 @@ def with_options(name: str, **options: Any) -> str:
 # A resampler with as many tokens as stride 2 leaves; STF on eight hidden states, as published, which are all up to the
 # selected one.
 RESAMPLER = f"resampler:num_queries={(NUM_PATCHES_PER_SIDE // 2) ** 2}"
+MEDIUM_RESAMPLER = "resampler:num_queries=81"  # a quarter of that scale's patches
 STF = f"stf:layers={'+'.join(map(str, range(vision.SELECTED + 1)))}"
 # What SAEP is made of, one by one: a separable convolution on four layers and nothing else; blocks on both sides of the
 # stride, on the selected layer; with the largest value of each region beside the strided convolution; with one block on
@@ -106,8 +107,8 @@ NARROW = {"inner_size": vision.WIDTH // 2}
 
 # Learning rates of stage 1 that the study `learning_rate` tries at each scale, and the best on validation; stage 2 has
 # one for all. Small: neighbours on a grid of factors of two, up to a best one that has a neighbour on each side.
-# Medium: the small scale's and one or two beside it, for the types that matter most. All others, and all types at the
-# largest scale, take the small scale's best.
+# Medium: the small scale's and one or two beside it. Average pooling and pixel shuffle keep the small scale's: after
+# stage 1 they are too near to chance to tell. All types at the largest scale take the small scale's best.
 ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {
         STOCK: (2e-3, 4e-3, 8e-3),
@@ -125,10 +126,14 @@ ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "saep": (4e-3, 8e-3, 1.6e-2),
     },
     "medium": {
+        STOCK: (2e-3, 4e-3),
         PLAIN_SAEP: (2e-3, 4e-3),
         "tokenpacker": (2.5e-4, 5e-4),
+        "avg_pool": (2e-3, 4e-3),
+        "pixel_shuffle": (2e-3, 4e-3),
         "ldpv2": (2e-3, 4e-3),
         "c_abstractor": (2e-3, 4e-3),
+        MEDIUM_RESAMPLER: (5e-4, 1e-3),
         STF: (2.5e-4, 5e-4, 1e-3),
         "delta": (2.5e-4, 5e-4),
         "saep": (2e-3, 4e-3, 8e-3),
@@ -151,10 +156,12 @@ ALL_BEST_RATES: dict[str, dict[str, float]] = {
         "saep": 8e-3,
     },
     "medium": {
+        STOCK: 4e-3,
         PLAIN_SAEP: 2e-3,
         "tokenpacker": 2.5e-4,
         "ldpv2": 2e-3,
         "c_abstractor": 2e-3,
+        MEDIUM_RESAMPLER: 1e-3,
         STF: 5e-4,
         "delta": 5e-4,
         "saep": 2e-3,
