@@ -711,3 +711,20 @@ def test_documents_say_what_the_finalists_gave():
     # "level"
     assert low < 0 < high
     assert low_3 < 0 < high_3
+
+
+def test_documents_say_what_small_widths_want():
+    rows = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == "small_width"]
+    results = report.Results(rows, "small_width")
+    assert {len(results.correct[name]["relative"]) for name in results.types} == {3}
+    published, more_heads, scaled, both = results.types
+
+    def percent(name, metric="all"):
+        return f"{100 * results.accuracy(name, metric)[0]:.1f} %"
+
+    text = (command.RESULTS.parent / "README.md").read_text()
+    points = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * p for p in results.difference(more_heads, published, "all")))
+    assert f"{percent(more_heads)} instead of {percent(published)}, which is {points} points more" in text
+    absolute = [percent(name, "absolute") for name in (more_heads, published)]
+    assert "absolute position {} instead of {}".format(*absolute) in text
+    assert f"(`init=scaled`) have {percent(scaled)}, both {percent(both)}, at" in text
