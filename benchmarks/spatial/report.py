@@ -159,7 +159,7 @@ def _table(results: Results) -> str:
     lines = [
         f"### {results.study}, {results.split} split",
         "",
-        f"| type | seeds | tokens | operations | mean of families | against `{first}` | position families "
+        f"| type | seeds | tokens | FLOPs | mean of families | against `{first}` | position families "
         f"| {' | '.join(FAMILIES)} |",
         f"|---|---|---|---|---|---|---|{'---|' * len(FAMILIES)}",
     ]
@@ -199,7 +199,7 @@ def _cost_table(found: Sequence[Results], times: cost.Times) -> str:
     lines = [
         f"### The projector alone in LLaVA-1.5 7B, against `{STOCK}`",
         "",
-        f"| type there | operations | {' | '.join(measures)} |",
+        f"| type there | FLOPs | {' | '.join(measures)} |",
         f"|---|---|{'---|' * len(measures)}",
     ]
     for large, name in names.items():

@@ -123,6 +123,7 @@ ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "delta": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
         DEEP_SAEP: (2e-3, 4e-3, 8e-3, 1.6e-2),
         MAX_SAEP: (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        UNNORMED: (4e-3, 8e-3, 1.6e-2, 3.2e-2),
         "saep": (4e-3, 8e-3, 1.6e-2),
     },
     "medium": {
@@ -153,6 +154,7 @@ ALL_BEST_RATES: dict[str, dict[str, float]] = {
         "delta": 2.5e-4,
         DEEP_SAEP: 8e-3,
         MAX_SAEP: 1.6e-2,
+        UNNORMED: 1.6e-2,
         "saep": 8e-3,
     },
     "medium": {
@@ -193,6 +195,8 @@ def _tried_for(name: str) -> str:
     """The key of BEST_RATE whose rate a type takes; SAEP with blocks, or with a norm for each layer, wants others."""
     if kind(name) != "saep":
         return next(tried for tried in BEST_RATE if kind(tried) == kind(name))
+    if with_options(name, stride=None) in BEST_RATE:
+        return with_options(name, stride=None)
     options = registry.parse_spec(name).options
     if options.get("blocks_after") == 0:
         return PLAIN_SAEP

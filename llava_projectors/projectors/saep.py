@@ -41,9 +41,9 @@ class SAEP(Projector):
     alone tells a token only how near the border it is; `readout_size`: at stride 2 nearly half
     of all operations are there.
 
-    The defaults are those with the most right answers in a study on a controlled task, at two scales
-    (benchmarks/README.md). They are ahead of every other type of this package, and of the default of
-    0.1.0, which had no blocks, no norm of the layers, and the mean in place of the largest value.
+    The defaults were chosen in a study on a controlled task, at two scales (benchmarks/README.md).
+    There they are ahead of every other type of this package, and of the convolution alone, without
+    blocks and norm of the layers and with the mean in place of the largest value.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
