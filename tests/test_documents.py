@@ -22,9 +22,18 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
-    local = [link for link in links if not link.startswith("http")]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
+    for link in (link for link in links if not link.startswith("http")):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(path):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"`python (?:-m )?([^\s`]*benchmarks[^\s`]*)", BENCHMARKS))))

@@ -137,6 +137,7 @@ ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
         MEDIUM_RESAMPLER: (5e-4, 1e-3),
         STF: (2.5e-4, 5e-4, 1e-3),
         "delta": (2.5e-4, 5e-4),
+        UNNORMED: (2e-3, 4e-3),
         "saep": (2e-3, 4e-3, 8e-3),
     },
 }
@@ -166,6 +167,7 @@ ALL_BEST_RATES: dict[str, dict[str, float]] = {
         MEDIUM_RESAMPLER: 1e-3,
         STF: 5e-4,
         "delta": 5e-4,
+        UNNORMED: 2e-3,
         "saep": 2e-3,
     },
 }
