@@ -75,11 +75,11 @@ def train(tiny, equal_data, trained, device):
     """name, type, ranks, ZeRO stage -> the run's folder, made once; SGD, whose steps are linear in the gradients."""
 
     @cache
-    def train_one(name, projector_type, ranks=1, stage=None, **arguments):
+    def train_one(name, projector_type, ranks=1, stage=None, checkpoint=None, **arguments):
         options = finetune_arguments(
             equal_data,
             tiny.images,
-            trained(projector_type).adapter / "mm_projector.bin",
+            trained(projector_type).adapter / "mm_projector.bin" if checkpoint is None else None,
             **{
                 "max_steps": 3,
                 "optim": "sgd",
@@ -93,7 +93,7 @@ def train(tiny, equal_data, trained, device):
         log = tiny.root / "runs" / f"{name}-{projector_type}.log"
         if stage is not None:
             options["deepspeed"] = zero_config(tiny.root / f"zero{stage}.json", stage)
-        command = training_command(output, tiny.llm, tiny.coarse_tower, projector_type, **options)
+        command = training_command(output, checkpoint or tiny.llm, tiny.coarse_tower, projector_type, **options)
         printed = tiny.execute(command, log) if stage is None else run_ranks(command, ranks, log, tiny.root, device)
         assert printed.count("llava_projectors: ") == 1  # one line, from the first rank
         return output
@@ -158,6 +158,21 @@ def test_a_zero3_checkpoint_loads(train, tiny):
     saved = weights(folder)
     for name, value in model.get_model().mm_projector.state_dict().items():
         assert torch.equal(value, saved[f"model.mm_projector.{name}"].half()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector_type", OURS)
+def test_zero3_goes_on_from_a_full_checkpoint(train, trained, projector_type):
+    """Its projector is built inside DeepSpeed's `zero.Init`, which leaves every weight empty until it is gathered."""
+    checkpoint = trained(projector_type).checkpoint
+    reference = train("on", projector_type, checkpoint=checkpoint)
+    folder = train("on-zero3", projector_type, stage=3, checkpoint=checkpoint, save_safetensors=False)
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-3)
+    expected, found = weights(reference), weights(folder)
+    names = {name for name in expected if "mm_projector" in name}
+    assert names == {name for name in found if "mm_projector" in name}
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
