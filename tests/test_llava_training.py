@@ -155,18 +155,30 @@ def test_a_type_of_another_distribution_trains(tiny, installed_distribution):
         class Corner(llava_projectors.Projector):
             '''The first patch of every region.'''
 
-            def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 4):
+            def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 4, norm: bool = True):
                 super().__init__(mm_hidden_size, hidden_size, None, stride)
+                self.norm = nn.LayerNorm(mm_hidden_size) if norm else nn.Identity()
                 self.to_llm = nn.Linear(mm_hidden_size, hidden_size)
 
             def forward(self, features):
-                return self.to_llm(self.to_grid(features)[:, :: self.stride, :: self.stride].flatten(1, 2))
+                return self.to_llm(self.norm(self.to_grid(features)[:, :: self.stride, :: self.stride].flatten(1, 2)))
         """
     path = installed_distribution("corner", "corner", source, "corner = corner")
-    folder, output = tiny.pretrain("corner", "corner:stride=6", {"PYTHONPATH": str(path)})
+    environment = {"PYTHONPATH": str(path)}
+    folder, output = tiny.pretrain("corner", "corner:stride=6", environment)
     assert "llava_projectors: corner:stride=6: 144 -> 4 visual tokens per image (12x12 -> 2x2)" in output
     saved = torch.load(folder / "mm_projector.bin", weights_only=True)
-    assert set(saved) == {"model.mm_projector.to_llm.weight", "model.mm_projector.to_llm.bias"}
+    names = {f"model.mm_projector.{part}.{kind}" for part in ("norm", "to_llm") for kind in ("weight", "bias")}
+    assert set(saved) == names
+    adapter = folder / "mm_projector.bin"
+    checkpoint, _ = tiny.finetune("corner-tuned", "corner:stride=6", adapter, environment, max_steps=1)
+    # It has no `layers` to record, and no value where its module has the name of an option.
+    record = json.loads((checkpoint / "config.json").read_text())["mm_projector_options"]
+    assert record == {"stride": 6, "norm": True}
+    _, output = tiny.finetune(
+        "corner-further", "corner:stride=6", None, environment, max_steps=1, model_name_or_path=checkpoint
+    )
+    assert "llava_projectors: corner:stride=6: 144 -> 4 visual tokens" in output
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+
 import llava_projectors
 from llava_projectors import registry
 from llava_projectors.integration import weights
@@ -25,11 +27,15 @@ def options_of(projector: Projector, tower: ReducedTower) -> dict[str, Any]:
     """Every option of a built projector, as JSON can hold it.
 
     Returns:
-        name -> value; `layers` are the tower's own, counted from 0. An option that the projector
-        keeps under its own name is read there; of others, what it was given.
+        name -> value; `layers`, where the type has them, are the tower's own, counted from 0. An
+        option that is None is what the projector keeps under its name, if that is a value.
     """
-    values = {name: getattr(projector, name, value) for name, value in tower.projector_spec.options.items()}
-    values["layers"] = tower.projector_layers or values["layers"]
+    values = dict(tower.projector_spec.options)
+    for name, value in values.items():
+        if value is None and not isinstance(getattr(projector, name, None), nn.Module):
+            values[name] = getattr(projector, name, None)
+    if "layers" in values:
+        values["layers"] = tower.projector_layers or values["layers"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
