@@ -240,6 +240,24 @@ def test_stock_checkpoints_are_not_looked_at(load, tiny):
     assert info["missing_keys"] == [f"{PREFIX}2.bias"]
 
 
+def test_what_replaces_from_pretrained_later_is_called(tiny, monkeypatch):
+    """Other packages replace it on transformers' base class, which LLaVA's classes and transformers' own inherit."""
+    from llava.model import LlavaLlamaForCausalLM
+    from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda cls, *args, **kwargs: (cls, args)))
+    for owner in (LlavaLlamaForCausalLM, LlavaForConditionalGeneration):
+        assert owner.from_pretrained(tiny.llm) == (owner, (tiny.llm,))
+
+
+def test_the_first_argument_may_be_named(checkpoint):
+    from llava.model import LlavaLlamaForCausalLM
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    model = LlavaLlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=checkpoint("saep"))
+    assert build_vision_tower(vision_tower_cfg=model.config, delay_load=True).projector_layers == (4, 7)
+
+
 def test_saving_and_loading_twice_over(checkpoint, tmp_path):
     from llava.model import LlavaLlamaForCausalLM
 

@@ -219,11 +219,23 @@ def _replace_copies(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
-def _gated(seam: Seam, package: Package, original: Any) -> Any:
+def _inherited(owner: Owner, name: str, function: Any) -> Any:
+    """What the class inherits when it is called, for other packages replace it too, after us."""
+
+    @functools.wraps(function)
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(owner, cls), name)(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any) -> Any:
     """The original for everything that is not of our types, with the very arguments; else our replacement."""
     is_class_method = isinstance(original, classmethod)
     function = original.__func__ if is_class_method else original
     signature = inspect.signature(function)
+    if name not in vars(owner):
+        function = _inherited(owner, name, function)
 
     @functools.wraps(function)
     def gated(*args: Any, **kwargs: Any) -> Any:
@@ -233,6 +245,11 @@ def _gated(seam: Seam, package: Package, original: Any) -> Any:
             return function(*args, **kwargs)  # which says itself what it misses
         settings = seam.settings(arguments)
         if any(is_ours(one, package) for one in settings):
+            # Replacements have names of their own for what comes first.
+            for name in list(signature.parameters)[len(args) :]:
+                if name not in kwargs or signature.parameters[name].default is not inspect.Parameter.empty:
+                    break
+                args = (*args, kwargs.pop(name))
             return seam.replacement(function, package, *args, **kwargs)
         if seam.on_error is None:
             return function(*args, **kwargs)
@@ -252,7 +269,7 @@ def patch_module(package: str, module: ModuleType) -> None:
                 original = inspect.getattr_static(owner, name)
                 if any(p.owner is owner and p.wrapper is original for p in _patches):
                     continue
-                wrapper = _gated(seam, _package(package), original)
+                wrapper = _gated(seam, _package(package), owner, name, original)
                 if seam.replacement is wrappers.build_projector:
                     _package(package).projector_builders.append(original)
                 patch_record = _Patch(package, seam, owner, name, original, wrapper)

@@ -24,7 +24,7 @@ def install(module: ModuleType) -> None:
     owner = module.LlavaPreTrainedModel
     for name in METHODS:
         if name not in vars(owner):
-            setattr(owner, name, _giving_way(getattr(owner, name).__func__))
+            setattr(owner, name, _giving_way(owner, name))
 
 
 def uninstall(module: ModuleType) -> None:
@@ -35,20 +35,21 @@ def uninstall(module: ModuleType) -> None:
             delattr(owner, name)
 
 
-def _giving_way(function: Any) -> Any:
+def _giving_way(owner: Any, name: str) -> Any:
     """The class method; where an exported config stops it, and only there, the class with our projector takes over."""
 
-    @functools.wraps(function)
+    @functools.wraps(getattr(owner, name).__func__)
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return function(cls, *args, **kwargs)
+            # Looked up at each call: other packages replace it too, after us.
+            return getattr(super(owner, cls), name)(*args, **kwargs)
         except KeyError as error:
             if NOT_STOCK not in error.args:
                 raise
             classes = _exported_classes()
             if cls.__name__ not in classes:
                 raise
-        return getattr(classes[cls.__name__], function.__name__)(*args, **kwargs)
+        return getattr(classes[cls.__name__], name)(*args, **kwargs)
 
     wrapper: Any = classmethod(load)
     wrapper._gives_way = True
