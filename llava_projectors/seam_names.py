@@ -28,6 +28,6 @@ def holds_seam(module: ModuleType) -> bool:
         is_seam = name in SEAM_FUNCTIONS or (
             isinstance(value, type) and (name.endswith(SEAM_CLASS_ENDING) or not SEAM_METHODS.isdisjoint(vars(value)))
         )
-        if is_seam and value.__module__ == module.__name__:
+        if is_seam and getattr(value, "__module__", None) == module.__name__:
             return True
     return False

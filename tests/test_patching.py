@@ -10,12 +10,13 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import warm
 
 import llava_projectors
-from llava_projectors import autoload
+from llava_projectors import autoload, seam_names
 from llava_projectors.integration import seams
 
 LLAVA = Path(importlib.metadata.distribution("llava-torch").locate_file("llava"))
@@ -293,6 +294,13 @@ def test_patching_what_is_not_there_is_an_error():
     with pytest.raises(seams.PatchError, match="cannot patch 'lava': no such package"):
         llava_projectors.patch("lava")
     assert "lava" not in autoload.armed_packages()
+
+
+def test_a_name_of_a_seam_may_be_bound_to_nothing():
+    """As `except ImportError: build_vision_tower = None` leaves it."""
+    module = ModuleType("fork.model")
+    module.build_vision_tower = None
+    assert not seam_names.holds_seam(module)
 
 
 def test_a_fork_without_a_seam_fails_when_a_projector_is_asked_for(tmp_path):

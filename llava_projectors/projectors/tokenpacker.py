@@ -276,9 +276,9 @@ def _flatten_regions(grid: torch.Tensor, stride: int) -> torch.Tensor:
 
 def _to_grid(regions: torch.Tensor, shape: torch.Size, stride: int) -> torch.Tensor:
     """The inverse of `_flatten_regions`, for a grid of this shape: [B*h*w, s*s, E] -> [B, H, W, E]."""
-    batch, height, width, _ = shape
+    batch, height, width, channels = shape
     rows, columns = -(-height // stride), -(-width // stride)
-    grid = regions.view(batch, rows, columns, stride, stride, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    grid = regions.view(batch, rows, columns, stride, stride, channels).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return grid[:, :height, :width]
 
 
