@@ -32,7 +32,7 @@ def export(
     done = export_checkpoint(checkpoint, output, base, dtype, conversation, progress_bar)
     before = done.patches_per_side**2
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
-    print(f"Its README.md says how to load and serve it, on the whole: vllm serve {output} --trust-remote-code")
+    print(f"Its README.md says how to load and serve it, with transformers and vLLM: {output / 'README.md'}")
     if not with_verification:
         return 0
     largest = verify(output, checkpoint, base, python)

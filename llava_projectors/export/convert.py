@@ -130,6 +130,11 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None) -> Export:
         raise ExportError(f"{source} has image_aspect_ratio {aspect!r}: high-resolution tiles cannot be exported yet")
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise ExportError(f"{source} has mm_vision_select_feature {config['mm_vision_select_feature']!r}, not 'patch'")
+    if config.get("mm_use_im_start_end"):
+        raise ExportError(
+            f"{source} has mm_use_im_start_end {config['mm_use_im_start_end']!r}: its prompts put a picture between "
+            "<im_start> and <im_end>, which the exported chat template does not"
+        )
     for setting in (*SECOND_TOWER_SETTINGS, "s2"):
         if config.get(setting):
             raise ExportError(f"{source} has {setting} {config[setting]!r}: one tower at one scale can be exported")
@@ -191,12 +196,13 @@ def _text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     }
 
 
-def plan_weights(export: Export, num_tokens: int) -> list[Output]:
+def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Output]:
     """Every tensor of the folder, checked against the shapes that the models have.
 
     Args:
         export: what is to be written.
-        num_tokens: tokens of the tokenizer, `<image>` the last.
+        image_token: the id of `<image>`, the last unless the tokenizer had it before.
+        num_tokens: ids of the tokenizer.
 
     Raises:
         ProjectorWeightsError: the projector's weights are not whole, or another type's.
@@ -204,6 +210,7 @@ def plan_weights(export: Export, num_tokens: int) -> list[Output]:
     """
     source = dict(export.checkpoint.weights)
     rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+    num_known = image_token if image_token == num_tokens - 1 else num_tokens
 
     with torch.device("meta"):
         projector = export.resolved.build(export.vision_config["hidden_size"], export.text_config["hidden_size"])
@@ -233,7 +240,7 @@ def plan_weights(export: Export, num_tokens: int) -> list[Output]:
     for key, weight in source.items():
         new = key if key == "lm_head.weight" else f"model.language_model.{key[len('model.') :]}"
         if key in known_rows:
-            outputs.append(Output(new, (rows, weight.shape[1]), _padded(weight, num_tokens - 1, rows)))
+            outputs.append(Output(new, (rows, weight.shape[1]), _padded(weight, num_known, rows)))
         else:
             outputs.append(Output(new, weight.shape, weight.read))
     return outputs
@@ -364,9 +371,9 @@ def export_checkpoint(
         conversation = "mistral_instruct" if export.text_config["model_type"] == "mistral" else "vicuna_v1"
     template = TEMPLATES[conversation]
     with _temporary_folder(target) as folder:
-        image_token = export_tokenizer(checkpoint.tokenizer, folder, template)
+        image_token, num_tokens = export_tokenizer(checkpoint.tokenizer, folder, template)
         (folder / "chat_template_vllm.jinja").write_text(with_start_token(template), encoding="utf-8")
-        outputs = plan_weights(export, image_token + 1)
+        outputs = plan_weights(export, image_token, num_tokens)
         _check_room(folder, outputs, torch_dtype)
         write_processor(export, folder)
         rows = next(output.shape[0] for output in outputs if output.key == "lm_head.weight")

@@ -17,8 +17,8 @@ from llava_projectors.export.errors import ExportError
 IMAGE_TOKEN = "<image>"
 
 
-def export_tokenizer(source: Path, target: Path, chat_template: str) -> int:
-    """Write the tokenizer's files, with `<image>` added; returns the id of `<image>`.
+def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[int, int]:
+    """Write the tokenizer's files, with `<image>` added; returns the id of `<image>`, and how many ids there are.
 
     Args:
         source: folder of LLaVA's tokenizer, with `tokenizer.model` or `tokenizer.json`.
@@ -69,7 +69,7 @@ def export_tokenizer(source: Path, target: Path, chat_template: str) -> int:
     (target / "tokenizer_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     (target / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    return int(tokenizer.token_to_id(IMAGE_TOKEN))
+    return int(tokenizer.token_to_id(IMAGE_TOKEN)), max(tokenizer.get_vocab().values()) + 1
 
 
 def spaces_differ(source: Path) -> bool:

@@ -243,6 +243,28 @@ def test_tokens_are_llavas(trained, tmp_path, legacy):
     assert different == []
 
 
+def test_tokens_behind_an_image_token_of_ones_own_keep_their_rows(trained, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "llava-own"
+    shutil.copytree(trained("saep").checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
+    tokenizer.add_tokens(["<image>", "<mine>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    mine = len(tokenizer) - 1
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        known = weights[key][:mine]
+        weights[key] = torch.cat([known, torch.full((1 + mine - len(known), known.shape[1]), 7.0)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": mine + 1}))
+    export_checkpoint(str(folder), tmp_path / "out", dtype="float32")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        assert (exported[key][mine] == 7).all()
+
+
 def test_tokenizer_settings(trained, tmp_path):
     export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -366,6 +388,7 @@ def refused(folder, tmp_path, match, error=ExportError, **arguments):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*cannot be exported yet"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch', not 'patch'"),
         ({"mm_vision_tower": None}, "names no vision tower"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True: its prompts put a picture between <im_start> and"),
         ({"s2": True}, "has s2 True: one tower at one scale"),
         ({"mm_vision_tower": "/no/such/tower"}, "no folder '/no/such/tower'"),
         ({"model_type": "llava_mpt"}, "LLM of model_type 'llava_mpt': llava_llama"),
