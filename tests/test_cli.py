@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,24 @@ def test_check_without_an_llm(tiny, trained):
         ([], "nothing to check: give a TYPE, or --model-path"),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments
+
+
+def test_check_says_what_a_damaged_file_is(trained, tmp_path):
+    folder = tmp_path / "llava-damaged"
+    shutil.copytree(trained("saep").checkpoint, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    for name, data, message in (
+        ("model.safetensors", whole[: len(whole) // 2], r"model.safetensors: .*\d+ of \d+ bytes are missing"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "safetensors: it is a Git LFS pointer"),
+        ("model.safetensors", b"abc", "model.safetensors: it is truncated or of another format"),
+        ("model.safetensors", b"", "model.safetensors: it is empty"),
+        ("pytorch_model.bin", b"some text", "pytorch_model.bin: it is truncated or of another format"),
+    ):
+        (folder / name).write_bytes(data)
+        printed = cli("check", "--model-path", str(folder), status=1, stderr=True)
+        assert re.search(f"does not fit: cannot read .*{message}", printed), printed
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,34 @@ def projector_keys(keys: Collection[str]) -> dict[str, str]:
 
 
 def file_shapes(path: str) -> Shapes:
-    """Name -> shape of the projector weights in a `.bin` or `.safetensors` file; tensor data is not read."""
-    if path.endswith(".safetensors"):
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        shapes = {key: tuple(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
-    else:
-        shapes = {key: tuple(value.shape) for key, value in _read_bin(path, "meta").items()}
+    """Name -> shape of the projector weights in a `.bin` or `.safetensors` file; tensor data is not read.
+
+    Raises:
+        ProjectorWeightsError: the file cannot be read, or is cut off.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            shapes = _header_shapes(path)
+        else:
+            shapes = {key: tuple(value.shape) for key, value in _read_bin(path, "meta").items()}
+    except Exception as error:  # torch raises a dozen kinds, none of which names the file
+        raise ProjectorWeightsError(f"cannot read {path}: {_cause_of_bad_file(path, error)}") from error
     return {name: shapes[key] for name, key in projector_keys(shapes).items()}
+
+
+def _header_shapes(path: str) -> Shapes:
+    """Name -> shape of every tensor of a `.safetensors` file that is as long as its header says."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > size:  # before memory is taken for it
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < whole:
+        raise ValueError(f"{whole - size} of {whole} bytes are missing")
+    return {key: tuple(entry["shape"]) for key, entry in header.items()}
 
 
 def read_adapter(path: str) -> Shapes:
