@@ -1,7 +1,7 @@
 """The lazy import hook: patches LLaVA's modules right after Python has executed them.
 
 The start-up file of the wheel imports this in every interpreter of the environment, so
-it uses the standard library only, costs well under a millisecond, and never raises.
+it uses the standard library only, costs a millisecond or two, and never raises.
 
 Python holds its global import lock while it asks a finder for a module. A finder that imports
 there waits for ever when another thread is importing the same thing. So this one imports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,10 +163,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     parsed = parser.parse_args(arguments)
     try:
-        return int(parsed.run(parsed))
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print(f"\n{parsed.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        return 141
 
 
 def setting(text: str) -> tuple[str, str]:

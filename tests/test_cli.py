@@ -31,6 +31,15 @@ def test_as_a_module():
         assert done.stdout == cli("list", "--json")
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    """As `list | head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([COMMAND, "list"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_list():
     out = cli("list")
     assert re.search(r"saep:stride=2 +144 tokens +75 % fewer", out)
