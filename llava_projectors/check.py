@@ -83,7 +83,7 @@ def _read_config(folder: str) -> SimpleNamespace:
     try:
         with open(path, encoding="utf-8") as file:
             return SimpleNamespace(**json.load(file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: no object of settings
         raise ProjectorSpecError(f"cannot read {path}: {error}; pass the folder of a LLaVA checkpoint") from error
 
 
@@ -95,7 +95,10 @@ def _vision_config(tower: str) -> Any:
     except (OSError, ValueError) as error:
         first_line = str(error).split("\n")[0]
         raise ProjectorSpecError(f"cannot read the config of the vision tower {tower}: {first_line}") from error
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    if not all(hasattr(config, name) for name in ("num_hidden_layers", "image_size", "patch_size")):
+        raise ProjectorSpecError(f"the vision tower {tower} is a {config.model_type!r}, no ViT of layers and patches")
+    return config
 
 
 def _compare(

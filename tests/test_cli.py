@@ -76,7 +76,11 @@ def test_version():
     assert cli("--version") == f"llava-projectors {llava_projectors.__version__}\n"
 
 
-def test_check_without_an_llm(tiny, trained):
+def test_check_without_an_llm(tiny, trained, tmp_path):
+    resnet, listed = tmp_path / "resnet", tmp_path / "listed"
+    for folder, config in ((resnet, {"model_type": "resnet"}), (listed, [])):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
     adapter, checkpoint = trained("saep").adapter / "mm_projector.bin", trained("saep").checkpoint
     out = cli("check", "saep", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter))
     assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+7" in out
@@ -94,6 +98,11 @@ def test_check_without_an_llm(tiny, trained):
             ["saep:stride=3", "--model-path", str(checkpoint)],
             "has stride=3, but the checkpoint was .* stride=2",
         ),
+        (
+            ["saep", "--vision-tower", str(resnet)],
+            "the vision tower .*resnet is a 'resnet', no ViT of layers and patches",
+        ),
+        (["saep", "--model-path", str(listed)], "cannot read .*listed/config.json"),
         ([], "nothing to check: give a TYPE, or --model-path"),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments

@@ -313,7 +313,11 @@ def folder_config(export: Export, image_token: int, rows: int) -> dict[str, Any]
 
 def write_processor(export: Export, target: Path) -> None:
     """Write what `LlavaProcessor` reads: the picture's road into the tower, and the number of tokens."""
-    settings = json.loads((export.tower / "preprocessor_config.json").read_text(encoding="utf-8"))
+    path = export.tower / "preprocessor_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read {path}: {error}. The vision tower's folder has to be whole") from error
     for name in ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"):
         settings.pop(name, None)
     kind = "CLIPImageProcessor" if export.has_cls else "SiglipImageProcessor"

@@ -399,6 +399,14 @@ def test_configs_that_are_refused(checkpoint, tmp_path, edit, match):
     refused(checkpoint(**edit), tmp_path, match)
 
 
+def test_a_tower_that_is_not_whole_is_named(checkpoint, tiny, tmp_path):
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny.coarse_tower, tower)
+    (tower / "preprocessor_config.json").unlink()
+    match = "cannot read .*tower/preprocessor_config.json: .*folder has to be whole"
+    refused(checkpoint(mm_vision_tower=str(tower)), tmp_path, match)
+
+
 def test_an_unknown_type_is_refused(checkpoint, tmp_path):
     refused(checkpoint(mm_projector_type="seap"), tmp_path, "did you mean 'saep'", ProjectorSpecError)
 
