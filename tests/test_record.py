@@ -151,6 +151,25 @@ def test_going_on_with_other_features_is_refused_before_training(trained, model_
     model.initialize_vision_modules(model_args("saep"))
 
 
+def test_layers_counted_from_the_end_are_compared_with_the_checkpoints(trained, model_args):
+    """`resolve` knows no tower, so it cannot; the tower can, wherever one is at hand."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    from llava_projectors.check import check
+
+    folder = trained("saep").checkpoint
+    model = LlavaLlamaForCausalLM.from_pretrained(folder).get_model()
+    with pytest.raises(ProjectorSpecError, match=r"of type 'saep', but --mm_projector_type is 'saep:layers=-7\+-2'"):
+        model.initialize_vision_modules(model_args("saep:layers=-7+-2"))
+    model.initialize_vision_modules(model_args("saep:layers=-5+-2"))
+    assert model.config.mm_projector_options["layers"] == [4, 7]
+
+    message = r"'saep:layers=-7\+-2' has layers=2\+7, counted from 0, but the checkpoint was trained with layers=4\+7 "
+    with pytest.raises(ProjectorSpecError, match=message):
+        check("saep:layers=-7+-2", folder)
+    assert "hidden states 4+7" in check("saep:layers=-5+-2", folder)[1]
+
+
 def test_a_fork_that_builds_the_projector_anew_keeps_the_trained_one(trained, model_args, monkeypatch):
     """As LLaVA-HR does on going on from a checkpoint."""
     from llava.model import LlavaLlamaForCausalLM

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from drive import llm_input
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 import llava_projectors
@@ -209,6 +210,37 @@ def test_chunks_give_the_same_values_and_gradients(slice_model, projector_type):
         assert other.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("projector_type", [*TYPES, "stf:stride=4,layers=4+7", "delta:scale_factor=4"])
+def test_chunks_keep_nothing_of_the_projector(slice_model, projector_type):
+    """Of all that its modules put out, no storage is alive when the backward pass begins."""
+    from llava_projectors.integration.high_resolution import encode_tiles
+
+    model = slice_model(projector_type)
+    projector, made = model.get_model().mm_projector, []
+    tiles = list(torch.randn(6, 3, SIDE, SIDE))
+
+    def note(module, args, output):
+        made.extend((name_of[module], StorageWeakRef(o.untyped_storage())) for o in outputs_of(output))
+
+    def outputs_of(output):
+        return [o for o in (output if isinstance(output, tuple) else (output,)) if isinstance(o, torch.Tensor)]
+
+    name_of = {module: name for name, module in projector.named_modules()}
+    hooks = [module.register_forward_hook(note) for module in name_of]
+    alive = {}
+    try:
+        for size in (2, 6):
+            made.clear()
+            tokens = encode_tiles(model.get_vision_tower(), projector, tiles, size)
+            assert tokens.requires_grad
+            alive[size] = {name for name, storage in made if not storage.expired()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert alive[2] == set()
+    assert alive[6]
 
 
 def test_what_the_config_says(slice_model, tokenizer):

@@ -20,6 +20,7 @@ from llava_projectors.integration.gate import Package
 from llava_projectors.integration.image_processor import tile_side
 from llava_projectors.integration.log import log, logger
 from llava_projectors.integration.tower import ReducedTower, find_tower
+from llava_projectors.projectors.recompute import inside_checkpoint
 from llava_projectors.spec import ProjectorSpecError
 
 Function = Callable[..., Any]
@@ -152,11 +153,16 @@ def encode_tiles(tower: Any, projector: Any, tiles: list[torch.Tensor], chunk_si
     chunks = [tiles[start : start + chunk_size] for start in range(0, len(tiles), chunk_size)]
     if len(chunks) == 1:
         return projector(tower(torch.stack(chunks[0])))
+
+    @inside_checkpoint()
+    def project(features: torch.Tensor) -> torch.Tensor:
+        return projector(features)
+
     encoded = []
     for chunk in chunks:
         features = tower(torch.stack(chunk))
         keeps_graph = torch.is_grad_enabled()
-        encoded.append(checkpoint(projector, features, use_reentrant=False) if keeps_graph else projector(features))
+        encoded.append(checkpoint(project, features, use_reentrant=False) if keeps_graph else projector(features))
     return torch.cat(encoded)
 
 

@@ -27,7 +27,7 @@ from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SE
 from llava_projectors.integration.image_processor import set_slicing
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import ResolvedSpec
+from llava_projectors.registry import OPTIONS_SETTING, ResolvedSpec, parse_spec
 from llava_projectors.slicing import Slicing, slicing_of
 from llava_projectors.spec import ProjectorSpecError, format_value
 
@@ -283,8 +283,7 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower_class: Any = type(tower)
     has_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
     if has_hidden_states:
-        depth = tower.config.num_hidden_layers - _dropped_layers(tower_class)
-        layers = resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
+        layers = layers_of(tower, tower_class, resolved)
         side = tower.config.image_size // tower.config.patch_size
     else:
         layers = ()
@@ -391,6 +390,12 @@ def refuse_unsupported(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
             )
 
 
+def layers_of(tower: Any, tower_class: Any, resolved: ResolvedSpec) -> tuple[int, ...]:
+    """Absolute indices of a tower's hidden states that a projector asks for; errors as `resolve_layers`."""
+    depth = tower.config.num_hidden_layers - _dropped_layers(tower_class)
+    return resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
+
+
 def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tuple[int, ...]:
     """Absolute indices of the hidden states to aggregate.
 
@@ -400,7 +405,8 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
         select_layer: LLaVA's `mm_vision_select_layer`, which may count from the end.
 
     Raises:
-        ProjectorSpecError: out of range, unsorted, doubled, or not ending in `select_layer`.
+        ProjectorSpecError: out of range, unsorted, doubled, not ending in `select_layer`, or others than
+            the checkpoint was trained with.
     """
     given = resolved.options.get("layers")
     prefix = f"projector type {resolved.type_string!r}"
@@ -429,5 +435,12 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
         raise ProjectorSpecError(
             f"{prefix}: {shown} must end in hidden state {selected}, which --mm_vision_select_layer "
             f"{select_layer} selects; end the list in {selected} or pass --mm_vision_select_layer {absolute[-1]}"
+        )
+    written = parse_spec(resolved.type_string).options.get("layers", layers)
+    asked = tuple(layer % (depth + 1) for layer in written)  # `resolve` cannot count from the end
+    if asked != absolute:
+        raise ProjectorSpecError(
+            f"{prefix} has layers={format_value(asked)}, counted from 0, but the checkpoint was trained with {shown} "
+            f"({OPTIONS_SETTING} in its config.json); {tower_is}"
         )
     return absolute

@@ -22,10 +22,12 @@ from llava_projectors.integration import high_resolution, record, weights
 from llava_projectors.integration.gate import Package, is_our_type
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
+    MultiLayerTower,
     ReducedTower,
     convert_tower,
     find_tower,
     give_other_readers_one_layer,
+    layers_of,
     see_real_grid,
 )
 from llava_projectors.projectors.base import Projector
@@ -209,6 +211,9 @@ def _same_projector(model: Any, existing: str, requested: str) -> bool:
     """Whether both type strings mean the module that the model has."""
     try:
         before, after = (registry.resolve(t, model.config) for t in (existing, requested))
+        tower = find_tower(model)
+        if isinstance(tower, MultiLayerTower):
+            layers_of(tower, tower.tower_class, after)  # layers counted from the end may be others
     except ProjectorSpecError:
         return False
     return before.same_projector(after)

@@ -9,7 +9,8 @@ ZeRO-3 may hold their weights elsewhere and a quantised layer may stand in for a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,26 @@ from torch import nn
 
 Made = tuple[torch.Tensor, nn.Module, torch.Tensor]  # output, module, input
 
+_thread = threading.local()  # the backward pass of a checkpoint may run in another thread than its forward
+
+
+@contextlib.contextmanager
+def inside_checkpoint() -> Iterator[None]:
+    """Within it, nothing is noted: `torch.utils.checkpoint` cannot drop what `recomputed` holds."""
+    before = getattr(_thread, "inside_checkpoint", False)
+    _thread.inside_checkpoint = True
+    try:
+        yield
+    finally:
+        _thread.inside_checkpoint = before
+
 
 def remember(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[Made]]:
     """module(x), and a note for `recomputed`; no note, so that x can go, where there will be no backward pass."""
     output = module(x)
     if not torch.is_grad_enabled() or is_compiling():  # a compiler decides for itself what to keep
+        return output, []
+    if getattr(_thread, "inside_checkpoint", False):
         return output, []
     return output, [(output, module, x.detach())]
 
