@@ -27,7 +27,8 @@ def check(
 
     Args:
         type_string: a type; None takes the checkpoint's own.
-        model_path: folder of a LLaVA checkpoint, of which the config and the headers of the weights are read.
+        model_path: folder of a LLaVA checkpoint, whole, LoRA or projector alone; of it, the config and the
+            headers of the weights are read.
         vision_tower: folder or hub name of a CLIP or SigLIP model; of it, the config is read.
         adapter: an `mm_projector.bin`.
         select_layer: LLaVA's `mm_vision_select_layer`; default the checkpoint's, else -2.
@@ -68,7 +69,7 @@ def check(
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
     _build(resolved, channels)  # its options are checked where it is built
     if model_path is not None:
-        found = weights.checkpoint_shapes(model_path)
+        found = weights.checkpoint_shapes(model_path) or weights.adapter_shapes(model_path)
         _compare(resolved, found, channels, getattr(config, "hidden_size", None), model_path)
         lines.append(f"checkpoint: {model_path}, every weight of the projector is there")
     if adapter is not None:
@@ -114,8 +115,13 @@ def _compare(
 
 def _build(resolved: registry.ResolvedSpec, channels: Optional[int] = None, width: Optional[int] = None) -> Projector:
     """The projector without storage; sizes that are not given are those of CLIP-L and Vicuna-7B."""
-    with torch.device("meta"):
-        return resolved.build(channels or 1024, width or 4096)
+    try:
+        with torch.device("meta"):
+            return resolved.build(channels or 1024, width or 4096)
+    except (RuntimeError, TypeError) as error:  # torch's, of sizes that no memory holds
+        raise ProjectorSpecError(
+            f"projector type {resolved.type_string!r} cannot be built: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _llm_width(found: weights.Shapes) -> Optional[int]:

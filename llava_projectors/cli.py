@@ -216,7 +216,7 @@ def positive(text: str) -> float:
 def picture_size(text: str) -> tuple[int, int]:
     """`1920x1080` -> (1920, 1080)."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+    if not all(side.isdecimal() and 0 < int(side) < 2**31 for side in (width, height)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels like 1920x1080")
     return int(width), int(height)
 

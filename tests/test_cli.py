@@ -68,7 +68,7 @@ def test_list_for_a_picture():
     assert report["grids"] == {f"slice:patch_num={n}": [1, 1] for n in (9, 16, 25)}
     (saep,) = (row for row in report["types"] if row["type"] == "saep:stride=3")
     assert saep == {"type": "saep:stride=3", "tile": 64, **dict.fromkeys(report["grids"], 65)}
-    for size in ("1920", "0x5", "ax5", "1920x1080x3", "-3x4", "²x4"):
+    for size in ("1920", "0x5", "ax5", "1920x1080x3", "-3x4", "²x4", f"1x{10**20}"):
         assert "is no size in pixels like 1920x1080" in cli("list", f"--image={size}", status=2, stderr=True)
 
 
@@ -86,10 +86,13 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
     assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+7" in out
     assert "all its numbers are finite" in out
     assert "not checked: layers and patch grid, for want of a vision tower" in cli("check", "saep")
-    assert "every weight of the projector is there" in cli("check", "--model-path", str(checkpoint))
+    for folder in (checkpoint, adapter.parent):
+        assert "every weight of the projector is there" in cli("check", "--model-path", str(folder))
     for arguments, message in (
         (["saep:kernel_size=1"], "does not fit: projector type 'saep:kernel_size=1': .* at least stride=2"),
         (["resampler:num_queries=0"], "does not fit: projector type 'resampler:num_queries=0': "),
+        (["saep:inner_size=9999999999999"], r"'saep:inner_size=9999999999999' cannot be built: .*overflow"),
+        ([f"saep:inner_size={10**23}"], rf"'saep:inner_size={10**23}' cannot be built: "),
         (["saep:strid=3"], "does not fit: unknown option 'strid' .* did you mean 'stride'"),
         (["saep", "--model-path", str(tiny.llm / "nothing")], "does not fit: cannot read .*nothing/config.json"),
         (["saep:layers=3+40", "--vision-tower", str(tiny.coarse_tower)], "layer 40 is out of range; .* has 8 layers"),

@@ -101,6 +101,17 @@ def test_good_checkpoints_load_whole(load, checkpoint, trained, form):
     assert found == {name: tuple(value.shape) for name, value in loaded.state_dict().items()}
 
 
+def test_further_projectors_of_a_fork_are_not_ours(checkpoint):
+    """As VCoder's, in one file or in shards, and behind a prefix of peft."""
+    further = {"model.seg_mm_projector.0.weight": torch.zeros(80, 32), "seg_mm_projector.2.bias": torch.zeros(80)}
+    ours = {"mm_projector.a.weight": "a.weight", "base_model.model.model.mm_projector.b.bias": "b.bias"}
+    assert weights.projector_keys([*further, *ours]) == {name: key for key, name in ours.items()}
+    folder = checkpoint("saep")
+    before = weights.checkpoint_shapes(str(folder))
+    edit(folder, lambda state: {**state, **further}, "sharded safetensors")
+    assert weights.checkpoint_shapes(str(folder)) == before
+
+
 BAD = [
     (
         without_projector,

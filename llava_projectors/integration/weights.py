@@ -24,7 +24,8 @@ from llava_projectors.spec import ProjectorSpecError
 
 Shapes = dict[str, tuple[int, ...]]
 
-MARKER = "mm_projector."
+# A key of the projector's; `seg_mm_projector.` and the like are a fork's further projectors.
+_KEY = re.compile(r"(?:^|\.)mm_projector\.(.+)")
 # An attribute of the projector, so that a copy of the model still knows.
 _AWAITED = "_awaited_weights"
 ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
@@ -38,8 +39,8 @@ class ProjectorWeightsError(ValueError):
 
 
 def projector_keys(keys: Collection[str]) -> dict[str, str]:
-    """Name within the projector -> key, cut as LLaVA's `initialize_vision_modules` cuts it."""
-    return {key.split(MARKER, 1)[1]: key for key in keys if MARKER in key}
+    """Name within the projector -> key, of the keys that are the projector's."""
+    return {match[1]: key for key in keys for match in [_KEY.search(key)] if match}
 
 
 def file_shapes(path: str) -> Shapes:
@@ -134,7 +135,8 @@ def checkpoint_shapes(folder: str) -> Shapes:
         files = {stem}
         if os.path.isfile(index):
             with open(index, encoding="utf-8") as file:
-                files = {shard for key, shard in json.load(file)["weight_map"].items() if MARKER in key}
+                shard_of = json.load(file)["weight_map"]
+            files = {shard_of[key] for key in projector_keys(shard_of).values()}
         for name in sorted(files):
             path = os.path.join(folder, name)
             if os.path.isfile(path):
@@ -142,6 +144,12 @@ def checkpoint_shapes(folder: str) -> Shapes:
         if shapes:
             break
     return shapes
+
+
+def adapter_shapes(folder: str) -> Shapes:
+    """Name -> shape of the projector weights in the adapter files of a folder, if it has any; headers only."""
+    paths = [os.path.join(folder, name) for name in ADAPTER_FILES]
+    return {name: shape for path in paths if os.path.isfile(path) for name, shape in file_shapes(path).items()}
 
 
 def expected_shapes(projector: Projector) -> Shapes:
@@ -190,7 +198,7 @@ def likely_cause(projector: Projector, found: Collection[str]) -> str:
         return "The type is right but the sizes differ: another LLM, vision tower, stride, layer count or other option."
     return (
         f"The weights look like {looks_like!r}: they were trained as that type, or without this plugin; "
-        "use that type, or weights of your own type."
+        "use that type, with the options of its training, or weights of your own type."
     )
 
 
@@ -330,12 +338,7 @@ def check_complete(model: nn.Module, source: str) -> None:
 
 def _explain_source(projector: Projector, source: str) -> str:
     """Why a checkpoint's own files did not provide the weights."""
-    found: Shapes = {}
-    for name in ADAPTER_FILES:
-        path = os.path.join(source, name)
-        if os.path.isfile(path):
-            found.update(file_shapes(path))
-    return likely_cause(projector, found)
+    return likely_cause(projector, adapter_shapes(source))
 
 
 def _refuse_without_weights(module: Projector, _: Any) -> None:
