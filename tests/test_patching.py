@@ -141,6 +141,25 @@ def test_patch_is_idempotent_and_unpatch_restores_every_object(patched_again):
     assert all(attributes()[key].__wrapped__ is originals[key] for key in originals)
 
 
+def test_a_loader_that_a_fork_defines_itself_is_left_alone(monkeypatch, patched_again):
+    """It hands on what it likes of its arguments, and returns one model; LLaVA's own below it is still patched."""
+    from llava.model.language_model import llava_llama
+
+    class ForkForCausalLM(llava_llama.LlavaLlamaForCausalLM):
+        @classmethod
+        def from_pretrained(cls, path, **kwargs):
+            return super().from_pretrained(path, **kwargs).eval()
+
+    ForkForCausalLM.__module__ = llava_llama.__name__
+    own = vars(ForkForCausalLM)["from_pretrained"]
+    monkeypatch.setattr(llava_llama, "ForkForCausalLM", ForkForCausalLM, raising=False)
+    for change in (llava_projectors.patch, llava_projectors.unpatch):
+        change()
+        assert vars(ForkForCausalLM)["from_pretrained"] is own
+        patched = "from_pretrained" in vars(llava_llama.LlavaLlamaForCausalLM)
+        assert patched is (change is llava_projectors.patch)
+
+
 def test_patch_and_unpatch_from_several_threads(patched_again):
     llava_projectors.unpatch()
     originals = attributes()

@@ -48,7 +48,8 @@ class Seam:
             program that never imports their module does without.
         beside: methods of which the class has to define one, so that a name as common as `__init__` is not taken
             from another class.
-        inherited: the class inherits the attribute, and gets one of its own in front of it.
+        inherited: the class inherits the attribute, and gets one of its own in front of it; what a class
+            defines itself is left alone.
     """
 
     role: str
@@ -202,8 +203,15 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
         else:
             is_model = not seam.beside.isdisjoint(vars(value))
         for attribute in seam.names if is_model else ():
-            if attribute in vars(value) or (seam.inherited and hasattr(value, attribute)):
+            defined = vars(value).get(attribute)
+            if seam.inherited:
+                defined = hasattr(value, attribute) and (defined is None or _is_wrapper(defined))
+            if defined:
                 yield value, attribute
+
+
+def _is_wrapper(value: Any) -> bool:
+    return any(p.wrapper is value for p in _patches)
 
 
 def _modules(package: str) -> list[ModuleType]:
