@@ -70,7 +70,7 @@ forks: $(STAMP)
 # in without its dependencies: its own pins contradict a current torch.
 # pip writes bytecode on one core, compileall on all. Some packages ship files that this Python cannot compile.
 $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 9) <= v <= (3, 12) else "Python %d.%d cannot hold LLaVA: pass PYTHON=python3.x, 3.9 to 3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else "Python %d.%d cannot hold LLaVA: pass PYTHON=python3.x, 3.10 to 3.12" % v)'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --no-compile -c constraints.txt torch setuptools wheel

@@ -14,7 +14,7 @@ tags: [llava, llava-projectors]
 
 # {name}
 
-LLaVA with the projector `{type_string}` of [llava-projectors](https://pypi.org/project/llava-projectors/): \
+LLaVA with the projector `{type_string}` of llava-projectors: \
 {tokens} visual tokens per picture instead of {patches}.
 
 | | |
@@ -36,7 +36,7 @@ transformers 4.57 or newer{needs}:
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}", use_fast=False)
 model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code={trust})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -100,7 +100,7 @@ def model_card(
         conversation=conversation,
         dtype=config["torch_dtype"],
         version=config["llava_projectors_version"],
-        needs=" (or any environment with llava-projectors, without `trust_remote_code`)" if not travels_not else "",
+        needs=" (where llava-projectors is installed, leave `trust_remote_code` out)" if not travels_not else "",
         trust=not travels_not,
         flag="" if travels_not else "--trust-remote-code ",
         spaces=SPACES if spaces_differ else "",

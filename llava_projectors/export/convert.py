@@ -24,7 +24,7 @@ from llava_projectors.export.card import model_card
 from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight, read_checkpoint, read_config
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.templates import TEMPLATES, with_start_token
-from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, write_checkpoint
+from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, item_size, write_checkpoint
 from llava_projectors.export.tokenizer import export_tokenizer, spaces_differ
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
@@ -410,7 +410,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _check_room(folder: Path, outputs: Sequence[Output], dtype: torch.dtype) -> None:
-    needed = sum(torch.Size(output.shape).numel() for output in outputs) * dtype.itemsize
+    needed = sum(torch.Size(output.shape).numel() for output in outputs) * item_size(dtype)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(

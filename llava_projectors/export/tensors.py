@@ -60,11 +60,16 @@ class StoredTensor:
             return _load_bin(self.path)[self.key].clone()
         if not math.prod(self.shape):
             return torch.empty(self.shape, dtype=self.dtype)
-        data = bytearray(math.prod(self.shape) * self.dtype.itemsize)
+        data = bytearray(math.prod(self.shape) * item_size(self.dtype))
         with self.path.open("rb") as file:
             file.seek(self.offset)
             file.readinto(data)
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
+def item_size(dtype: torch.dtype) -> int:
+    """Bytes of one number."""
+    return torch.empty(0, dtype=dtype).element_size()  # torch 2.0, LLaVA's own pin, has no dtype.itemsize
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -176,13 +181,13 @@ def write_checkpoint(
     shards: list[list[Output]] = []
     room = 0
     for output in outputs:
-        size = math.prod(output.shape) * dtype.itemsize
+        size = math.prod(output.shape) * item_size(dtype)
         if size > room or not shards:
             shards.append([])
             room = shard_bytes
         shards[-1].append(output)
         room -= size
-    total = sum(math.prod(output.shape) for output in outputs) * dtype.itemsize
+    total = sum(math.prod(output.shape) for output in outputs) * item_size(dtype)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -200,7 +205,7 @@ def _write_shard(path: Path, shard: Sequence[Output], dtype: torch.dtype, output
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for output in shard:
-        start, end = end, end + math.prod(output.shape) * dtype.itemsize
+        start, end = end, end + math.prod(output.shape) * item_size(dtype)
         header[output.key] = {"dtype": NAMES[dtype], "shape": list(output.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -184,7 +184,7 @@ def test_the_card_says_what_it_is(trained, tmp_path):
     for part in (
         "`tokenpacker`", "36 visual tokens per picture instead of 144", "4, 5, 6, 7 of 8", "scale_factor=2", "licence",
         "vllm serve packed --trust-remote-code --chat-template packed/chat_template_vllm.jinja",
-        f"llava-projectors {llava_projectors.__version__}", "vicuna_v1",
+        f"llava-projectors {llava_projectors.__version__}", "vicuna_v1", 'from_pretrained("packed", use_fast=False)',
     ):  # fmt: skip
         assert part in card
     assert "legacy" not in card

@@ -3,10 +3,13 @@
 import json
 import platform
 import re
+from pathlib import Path
 
 import torch
 
 from tests.forks.table import ROWS, USUAL_TYPE
+
+PATCHES = Path(__file__).parents[2] / "patches"
 
 INTRODUCTION = """\
 # Forks of LLaVA
@@ -63,9 +66,11 @@ def agreement(found):
             "doctor says *works* of exactly those whose visual tokens were counted."
             if counted == said
             else f"**doctor and what happened differ on {', '.join(sorted(counted ^ said))}.**",
-            f"**Other with the plugin on: {', '.join(harmed)}.**" if harmed else "None is other with the plugin on.",
-            "Of our names, the gate leaves to each fork those that its own builder builds"
-            + (f", except for {', '.join(names)}, which builds any name." if names else "."),
+            f"**The plugin changes the own type of {', '.join(harmed)}.**"
+            if harmed
+            else "The plugin changes the own type of none.",
+            "A type name that a fork's own builder knows too stays the fork's"
+            + (f"; the builder of {', '.join(names)} takes any name." if names else "."),
         ]
     )
 
@@ -124,6 +129,8 @@ def notes_of(one):
         notes.append("LLMs: " + ", ".join(t["model"] for t in works) + ".")
     if one["doctor"]["verdict"] != "works":
         notes.append(f"{one['doctor']['reason'].rstrip('.')}.")
+        if (PATCHES / f"{one['fork'].lower()}.patch").is_file():
+            notes.append("A patch brings it types of one layer: [patches/README.md](../patches/README.md).")
     else:
         others = [t for t in one["doctor"].get("trials", []) if t["verdict"] != "works"]
         notes += [f"{t['verdict'].capitalize()}: {t['reason'].rstrip('.')}." for t in others]
