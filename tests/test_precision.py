@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from llava_projectors import build_projector
 
@@ -67,6 +69,48 @@ def test_mixed_precision_training_is_finite_on_outliers(device, projector_type, 
         values.append(loss.item())
     assert all(p.isfinite().all() for p in projector.parameters())
     assert values[-1] < values[0]
+
+
+class AutocastOfCuda(TorchFunctionMode):
+    """CUDA's autocast makes float32 of what these functions take, and its LayerNorm takes one dtype; a CPU's do neither.
+
+    https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
+    """
+
+    IN_FLOAT32 = frozenset(
+        ["softmax", "log_softmax", "layer_norm", "group_norm", "sum", "prod", "cumsum", "pow", "exp", "rsqrt", "norm"]
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in self.IN_FLOAT32:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+            elif function.__name__ == "layer_norm":
+                dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+                assert len(dtypes) == 1, dtypes
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "projector_type", [*TYPES, *BASELINES, "saep:gate=softmax,positions=sine", "saep:level_kernel=3,stride=3"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+def test_mixed_precision_as_on_cuda(projector_type, dtype, features_dtype):
+    """The backward pass runs outside autocast, on whatever dtypes the forward pass has left."""
+    torch.manual_seed(0)
+    projector = build_projector(projector_type, 32, 16)
+    x = torch.randn(2, 144, 32 * projector.num_levels, dtype=features_dtype)
+    with AutocastOfCuda():
+        with torch.autocast("cpu", dtype):
+            out = projector(x)
+        out.float().square().sum().backward()
+    plain = build_projector(projector_type, 32, 16)
+    plain.load_state_dict(projector.state_dict())
+    plain(x.float()).square().sum().backward()
+    ours, exact = (torch.cat([p.grad.flatten() for p in module.parameters()]) for module in (projector, plain))
+    assert (ours - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.slow

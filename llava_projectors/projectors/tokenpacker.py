@@ -183,7 +183,8 @@ def _attend(
         The attended values [B*h*w, n, d] and the attention weights [B*h*w, n, s*s].
     """
     score, mix = (_score, _mix) if is_compiling() else (_Score.apply, _Mix.apply)
-    weights = _region_softmax(score(q, key, k_weight, stride), patches)
+    # CUDA's autocast makes a softmax float32, and would not reach the backward pass of `mix`.
+    weights = _region_softmax(score(q, key, k_weight, stride), patches).to(value.dtype)
     return mix(weights, value, v_weight, stride), weights
 
 
