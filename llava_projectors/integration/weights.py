@@ -271,12 +271,16 @@ def guard(projector: Projector) -> None:
 
 
 def _check_state_dict(module: Projector, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    expected = expected_shapes(module)
     found = {
         key[len(prefix) :]: tuple(getattr(value, "ds_shape", value.shape))
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
-    wrong = problems(expected_shapes(module), found, partial=True)
+    # A checkpoint of ZeRO-3 itself, to resume from, has an empty tensor for what its optimizer's files hold in parts.
+    in_parts = {name for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")}
+    found.update({name: expected[name] for name in in_parts if found.get(name) == (0,)})
+    wrong = problems(expected, found, partial=True)
     if wrong:
         raise ProjectorWeightsError(
             f"weights do not fit the projector {module.name!r}: {wrong}. {likely_cause(module, found)}"
