@@ -72,7 +72,7 @@ def test_mixed_precision_training_is_finite_on_outliers(device, projector_type, 
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """CUDA's autocast makes float32 of what these functions take, and its LayerNorm takes one dtype; a CPU's do neither.
+    """CUDA's autocast makes float32 of what these take, and its LayerNorm takes one dtype; a CPU's do neither.
 
     https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".
     """

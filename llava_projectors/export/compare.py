@@ -9,6 +9,7 @@ package, because the environment that it runs in need not have it.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,20 +52,27 @@ def inputs_of(processor: Any, case: dict[str, Any]) -> Any:
     return processor(images=case["images"], text=case["prompt"], return_tensors="pt")
 
 
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of logits of the same shape, as a part of the largest expected one; infinite for others, and for NaN."""
+    if found.shape != expected.shape:
+        return math.inf
+    part = float((found - expected).abs().max() / expected.abs().max())
+    return math.inf if math.isnan(part) else part
+
+
 @torch.no_grad()
 def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Logits, pixels, token ids and the answer against one case of the reference."""
     inputs = inputs_of(processor, case).to(model.device)
     logits = model(**inputs).logits[0, :, : case["logits"].shape[-1]].cpu()
     same_length = logits.shape == case["logits"].shape
-    difference = float((logits - case["logits"]).abs().max() / case["logits"].abs().max()) if same_length else 1.0
     output = model.generate(**inputs, do_sample=False, max_new_tokens=case["max_new_tokens"])
     answer = output[0, inputs["input_ids"].shape[1] :]
     text = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
     image_id = model.config.image_token_id
     ids = [token for token in inputs["input_ids"][0].tolist() if token != image_id]
     return {
-        "logits": difference,
+        "logits": largest_difference(logits, case["logits"]),
         "same_argmax": same_length and bool((logits.argmax(-1) == case["logits"].argmax(-1)).all()),
         "pixels": float((inputs["pixel_values"].cpu() - case["pixel_values"]).abs().max()),
         "same_ids": ids == [token for token in case["input_ids"] if token >= 0],

@@ -7,7 +7,6 @@ transformers in another environment (`compare.py`), or else on this stack, from 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -169,9 +168,7 @@ def verify(folder: Path, source: str, base: Optional[str], python: Optional[str]
         where = "weights, features and embeddings put together on this stack"
         found = logits_on_this_stack(folder, cases)
         results = [
-            float((ours[:, : case["logits"].shape[1]] - case["logits"]).abs().max() / case["logits"].abs().max())
-            if len(ours) == len(case["logits"])
-            else math.inf
+            compare.largest_difference(ours[:, : case["logits"].shape[1]], case["logits"])
             for ours, case in zip(found, cases)
         ]
     else:

@@ -5,6 +5,7 @@ What current transformers and vLLM make of the folders: `check_folders.py`, `che
 
 import ast
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import llava_projectors
 from llava_projectors import ProjectorSpecError, ProjectorWeightsError, build_projector
 from llava_projectors.cli import main
-from llava_projectors.export import convert, verify
+from llava_projectors.export import compare, convert, verify
 from llava_projectors.export.checkpoint import read_checkpoint
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
@@ -41,9 +42,19 @@ def largest_difference(folder, cases):
     found = verify.logits_on_this_stack(folder, cases)
     assert [len(logits) for logits in found] == [len(case["logits"]) for case in cases]
     return max(
-        float((ours[:, : case["logits"].shape[1]] - case["logits"]).abs().max() / case["logits"].abs().max())
+        compare.largest_difference(ours[:, : case["logits"].shape[1]], case["logits"])
         for ours, case in zip(found, cases)
     )
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_numbers_that_are_none_are_a_difference(wrong):
+    expected = torch.ones(2, 3)
+    found = expected.clone()
+    found[1, 2] = wrong
+    assert compare.largest_difference(found, expected) == math.inf
+    assert compare.largest_difference(expected, expected) == 0
+    assert compare.largest_difference(expected[:1], expected) == math.inf
 
 
 @pytest.mark.parametrize("projector_type", OURS)
