@@ -20,6 +20,7 @@ from llava_projectors import projectors
 from llava_projectors.projectors import registration
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import (
+    KIND,
     PREFIX,
     Option,
     ProjectorSpec,
@@ -175,10 +176,12 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
     spec = parse_spec(type_string)
     cls = registration.classes[spec.name]
     known = registration.options[spec.name]
-    recorded = cls.options_from_record(_record(type_string, config, known))
+    recorded = cls.options_from_record(_record(spec.name, type_string, config, known))
     options = {}
     for option in known.values():
         given, kept = spec.options.get(option.name), recorded.get(option.name)
+        if kept is not None:
+            kept = option.parse(format_value(kept), type_string, f"{OPTIONS_SETTING} of the config.json, for {KIND}")
         from_config = getattr(config, option.name, None) if option.name in cls.config_options else None
         if given is not None and kept is not None and not _agree(given, kept):
             raise ProjectorSpecError(
@@ -211,9 +214,17 @@ def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
     return str(ProjectorSpec(spec.name, dict(sorted(differing.items()))))
 
 
-def _record(type_string: str, config: Any, known: Mapping[str, Option]) -> dict[str, Any]:
+def _record(name: str, type_string: str, config: Any, known: Mapping[str, Option]) -> Mapping[str, Any]:
     """What training wrote of the options."""
-    recorded: dict[str, Any] = getattr(config, OPTIONS_SETTING, None) or {}
+    recorded: Mapping[str, Any] = getattr(config, OPTIONS_SETTING, None) or {}
+    trained_as = getattr(config, "mm_projector_type", None) or type_string
+    if recorded and base_name(str(trained_as)) != name:
+        raise ProjectorSpecError(f"projector type {type_string!r}: the checkpoint was trained as {trained_as!r}")
+    if not isinstance(recorded, Mapping):
+        raise ProjectorSpecError(
+            f"projector type {type_string!r}: {OPTIONS_SETTING} in the checkpoint's config.json is {recorded!r}, "
+            "not options with their values"
+        )
     unknown = ", ".join(sorted(recorded.keys() - known.keys()))
     if unknown:
         raise ProjectorSpecError(

@@ -144,8 +144,9 @@ def test_bad_checkpoints_are_errors_without_low_cpu_mem_usage(checkpoint, change
 
     folder = checkpoint("saep")
     edit(folder, change)
-    with pytest.raises(ProjectorWeightsError, match=message.split(" from .*: ")[-1]):
-        LlavaLlamaForCausalLM.from_pretrained(folder)
+    for arguments in ({}, {"config": str(folder)}):  # transformers takes a folder as a config too
+        with pytest.raises(ProjectorWeightsError, match=message.split(" from .*: ")[-1]):
+            LlavaLlamaForCausalLM.from_pretrained(folder, **arguments)
 
 
 def test_a_download_is_looked_up_as_the_caller_says(checkpoint, tmp_path):

@@ -127,6 +127,12 @@ def test_a_type_string_that_contradicts_the_record_is_an_error():
         registry.resolve("saep:stride=3", config())
     with pytest.raises(ProjectorSpecError, match=r"has layers=3\+7, but the .* layers=4\+7"):
         registry.resolve("saep:layers=3+7", config())
+    with pytest.raises(ProjectorSpecError, match="'tokenpacker': the checkpoint was trained as 'saep'"):
+        registry.resolve("tokenpacker", config())
+    with pytest.raises(ProjectorSpecError, match=r"mm_projector_options in the .* is \['a'\], not options with their"):
+        registry.resolve("saep", config(mm_projector_options=["a"]))
+    with pytest.raises(ProjectorSpecError, match="'wide' for option 'stride' in mm_projector_options of the config"):
+        registry.resolve("saep", config(mm_projector_options={**OPTIONS, "stride": "wide"}))
     newer = config(mm_projector_options={**OPTIONS, "colour": 1})
     with pytest.raises(ProjectorSpecError, match="mm_projector_options has colour, which this version does not know"):
         registry.resolve("saep", newer)

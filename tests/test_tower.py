@@ -366,3 +366,20 @@ def test_a_patched_tower_outlives_unpatch(towers, images):
         assert torch.equal(tower(images[:1]), expected)
     finally:
         llava_projectors.patch()
+
+
+def test_a_tower_that_cannot_be_tried_waits_for_its_first_forward():
+    """As one whose kernels are CUDA's alone, with position embeddings that are none of CLIP's."""
+    from llava_projectors.integration.tower import see_real_grid
+
+    class Rotary(torch.nn.Module):
+        image_processor = SimpleNamespace(crop_size={"height": 56})
+
+        def __init__(self):
+            super().__init__()
+            self.vision_tower = torch.nn.Linear(2, 2)
+
+        def forward(self, images):
+            raise RuntimeError("no kernel for a CPU")
+
+    see_real_grid(Rotary())

@@ -25,7 +25,7 @@ from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight, read
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.templates import TEMPLATES, with_start_token
 from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, item_size, write_checkpoint
-from llava_projectors.export.tokenizer import export_tokenizer, spaces_differ
+from llava_projectors.export.tokenizer import END_TOKEN, export_tokenizer, spaces_differ
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
@@ -185,7 +185,8 @@ def _text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type not in LLMS:
         raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(LLMS)} can be exported")
-    settings = {key: config[key] for key in TEXT_KEYS if config.get(key) is not None}
+    # None too: it is not what every class takes where nothing is said, as of Mistral's sliding_window.
+    settings = {key: config[key] for key in TEXT_KEYS if key in config}
     architecture = f"{LLMS[str(model_type)].capitalize()}ForCausalLM"
     # The head is written out, also where the checkpoint shares it with the embeddings.
     return {
@@ -220,7 +221,7 @@ def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Outp
     _check_projector(export, projector, projector_weights)
 
     tower = {key[len(OWN_TOWER) :]: source.pop(key) for key in list(source) if key.startswith(OWN_TOWER)}
-    if not (tower and export.checkpoint.config.get("unfreeze_mm_vision_tower")):
+    if not (tower and _has_trained_tower(export.checkpoint.config)):
         # LLaVA too loads a frozen tower from where it came from.
         found = {key: stored for key, stored in checkpoint_tensors(export.tower).items() if not IGNORED.search(key)}
         tower = {key: Weight(stored) for key, stored in found.items()}
@@ -244,6 +245,13 @@ def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Outp
         else:
             outputs.append(Output(new, weight.shape, weight.read))
     return outputs
+
+
+def _has_trained_tower(config: Mapping[str, Any]) -> bool:
+    """Whether LLaVA, or LLaVA-NeXT by its list of parts, takes the tower from the checkpoint."""
+    return bool(
+        config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (config.get("mm_tunable_parts") or "").split(",")
+    )
 
 
 def _model_shapes(config: Mapping[str, Any], auto_class: str) -> weights.Shapes:
@@ -371,11 +379,16 @@ def export_checkpoint(
     checkpoint = read_checkpoint(local_folder(source), None if base is None else local_folder(base))
     export = prepare(checkpoint, dtype)
     torch_dtype = DTYPES[export.dtype]
-    if conversation is None:
-        conversation = "mistral_instruct" if export.text_config["model_type"] == "mistral" else "vicuna_v1"
-    template = TEMPLATES[conversation]
+    chosen = conversation or ("mistral_instruct" if export.text_config["model_type"] == "mistral" else "vicuna_v1")
+    template = TEMPLATES[chosen]
     with _temporary_folder(target) as folder:
-        image_token, num_tokens = export_tokenizer(checkpoint.tokenizer, folder, template)
+        image_token, num_tokens, has_end = export_tokenizer(checkpoint.tokenizer, folder, template)
+        if conversation is None and not has_end:
+            raise ExportError(
+                f"{source} has a tokenizer without {END_TOKEN!r}, with which answers end in every conversation that "
+                f"can be exported ({', '.join(TEMPLATES)}). If it was trained in one of them all the same, for "
+                "example by --version v1, pass that as --conv-mode"
+            )
         (folder / "chat_template_vllm.jinja").write_text(with_start_token(template), encoding="utf-8")
         outputs = plan_weights(export, image_token, num_tokens)
         _check_room(folder, outputs, torch_dtype)
@@ -392,7 +405,7 @@ def export_checkpoint(
         ids = {name: config["text_config"].get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
         spaces = spaces_differ(checkpoint.tokenizer)
-        card = model_card(config, str(source), base, target.name, conversation, travels, spaces)
+        card = model_card(config, str(source), base, target.name, chosen, travels, spaces)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(folder, outputs, torch_dtype, progress, shard_bytes)
     return export

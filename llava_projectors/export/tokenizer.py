@@ -15,23 +15,32 @@ from typing import Any
 from llava_projectors.export.errors import ExportError
 
 IMAGE_TOKEN = "<image>"
+END_TOKEN = "</s>"
 
 
-def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[int, int]:
-    """Write the tokenizer's files, with `<image>` added; returns the id of `<image>`, and how many ids there are.
+def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[int, int, bool]:
+    """Write the tokenizer's files, with `<image>` added.
 
     Args:
         source: folder of LLaVA's tokenizer, with `tokenizer.model` or `tokenizer.json`.
         target: folder to write to.
         chat_template: in Jinja.
 
+    Returns:
+        the id of `<image>`, how many ids there are, and whether `</s>` is a token.
+
     Raises:
-        ExportError: there is no tokenizer of a known format.
+        ExportError: there is no tokenizer of a known format, or it has settings of which the export knows nothing.
     """
     from tokenizers import AddedToken, Tokenizer
 
     settings = _read_json(source / "tokenizer_config.json")
     if (source / "tokenizer.model").is_file():
+        for name, usual in (("add_bos_token", True), ("add_eos_token", False)):
+            if settings.get(name) not in (None, usual):
+                raise ExportError(
+                    f"{source / 'tokenizer_config.json'} has {name} {settings[name]!r}: only {usual!r} can be exported"
+                )
         tokenizer = from_sentencepiece(source / "tokenizer.model")
         for number, token in sorted(_added_tokens(source, settings).items()):
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
@@ -69,7 +78,8 @@ def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[in
     (target / "tokenizer_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     (target / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
     (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    return int(tokenizer.token_to_id(IMAGE_TOKEN)), max(tokenizer.get_vocab().values()) + 1
+    has_end = tokenizer.token_to_id(END_TOKEN) is not None
+    return int(tokenizer.token_to_id(IMAGE_TOKEN)), max(tokenizer.get_vocab().values()) + 1, has_end
 
 
 def spaces_differ(source: Path) -> bool:

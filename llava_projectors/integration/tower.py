@@ -341,8 +341,10 @@ def see_real_grid(tower: Any) -> None:
         with torch.no_grad():
             tower(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
     except RuntimeError:  # the fork resizes pictures elsewhere; its position embedding tells for what
-        embedding = getattr(tower.vision_tower, "vision_model", tower.vision_tower).embeddings.position_embedding
-        tower.see_grid(embedding.weight.shape[0])
+        vision_model = getattr(tower.vision_tower, "vision_model", tower.vision_tower)
+        embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
+        if embedding is not None:  # else the first forward tells, or fails with an error of its own
+            tower.see_grid(embedding.weight.shape[0])
 
 
 def picture_size(tower: Any) -> Optional[int]:

@@ -130,7 +130,9 @@ def settings_of_checkpoint(arguments: Arguments) -> tuple[Any, ...]:
     """The config that `from_pretrained` is given, or would read."""
     _, source, *_ = arguments.values()
     config = arguments.get("config")
-    return (read_config(source, arguments) if config is None else config,)
+    if config is None or isinstance(config, (str, os.PathLike)):
+        config = read_config(source if config is None else config, arguments)
+    return (config,)
 
 
 def load_checkpoint(original: Function, package: Package, cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:

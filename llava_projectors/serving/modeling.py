@@ -6,6 +6,7 @@ An exported folder carries this file and the projector's own, with their imports
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ class WholeCheckpoint:
     config: Any
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As in transformers, but weights that the folder lacks are an error: transformers would draw them at random.
 
         Raises:
             ValueError: weights are missing or of another shape; names them.
         """
         loader: Any = super()
+        source = pretrained_model_name_or_path
         model, info = loader.from_pretrained(source, *args, output_loading_info=True, **kwargs)
         mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
         lost = sorted({*info["missing_keys"], *mismatched})
@@ -55,10 +59,13 @@ class WholeCheckpoint:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the folder carries the projector's code again."""
+        """As in transformers; the folder carries the projector's code again, where that travels."""
         saver: Any = super()
         result = saver.save_pretrained(save_directory, *args, **kwargs)
-        write_code(self.config.mm_projector_type, Path(save_directory))
+        try:
+            write_code(self.config.mm_projector_type, Path(save_directory))
+        except ValueError as error:
+            logging.getLogger(__name__).warning("%s carries no code of its projector: %s", save_directory, error)
         return result
 
 

@@ -73,7 +73,7 @@ ImportNode = Union[ast.Import, ast.ImportFrom]
 
 
 class DoesNotTravel(ValueError):
-    """The type's code needs more than its file, torch and this package; the message says what."""
+    """The type's code needs more than its file, torch and this package, or cannot lie beside it; says what."""
 
 
 def write_code(type_string: str, folder: Path) -> None:
@@ -93,10 +93,12 @@ def travelling_code(type_string: str) -> dict[str, str]:
         raise DoesNotTravel(f"{cls.__qualname__} is not defined at the top of a file")
     base = next(c for c in cls.__mro__ if c.__name__ == "Projector")
     stand_in = f"registry_{cls.name}"
-    files = {
-        _file_name(module): _rewrite(module, stand_in)
-        for module in _closure([MODELING, cls.__module__, base.__module__])
-    }
+    modules: dict[str, str] = {}
+    for module in _closure([MODELING, cls.__module__, base.__module__]):
+        other = modules.setdefault(_file_name(module), module)
+        if other != module:
+            raise DoesNotTravel(f"{module} and {other} would be one file, {_file_name(module)}; rename yours")
+    files = {name: _rewrite(module, stand_in) for name, module in modules.items()}
     files[f"{stand_in}.py"] = STAND_IN_SOURCE.format(
         base=_file_stem(base.__module__), module=_file_stem(cls.__module__), cls=cls.__name__
     )

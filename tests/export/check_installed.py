@@ -35,7 +35,7 @@ def test_without_an_import_of_ours(loader):
     """The start-up file is enough, and stock classes give way."""
     out = run(
         f"import sys; from transformers import {loader}\n"
-        f"model = {loader}.from_pretrained(sys.argv[1])\n"
+        f"model = {loader}.from_pretrained(pretrained_model_name_or_path=sys.argv[1])\n"
         "print(type(model).__module__, type(model.model.multi_modal_projector).__name__)"
     )
     assert out.split() == ["llava_projectors.serving.modeling", "TokenPacker"]

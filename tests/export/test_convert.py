@@ -354,15 +354,69 @@ def test_a_siglip_tower(tiny, trained, tmp_path):
 
 
 def test_a_mistral_llm(trained, tmp_path):
+    from transformers import MistralConfig
+
     source = tmp_path / "llava-mistral"
     shutil.copytree(trained("saep").checkpoint, source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "llava_mistral", "sliding_window": 512}))
-    export_checkpoint(str(source), tmp_path / "out")
-    exported = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
-    assert (exported["model_type"], exported["sliding_window"]) == ("mistral", 512)
-    assert exported["architectures"] == ["MistralForCausalLM"]
-    assert "[INST]" in (tmp_path / "out" / "chat_template.jinja").read_text()
+    for window in (512, None):  # None is no window at all, and not the class's default
+        config |= {"model_type": "llava_mistral", "sliding_window": window}
+        (source / "config.json").write_text(json.dumps(config))
+        out = tmp_path / f"out-{window}"
+        export_checkpoint(str(source), out)
+        exported = json.loads((out / "config.json").read_text())["text_config"]
+        assert MistralConfig(**exported).sliding_window == window
+        assert exported["model_type"] == "mistral"
+        assert exported["architectures"] == ["MistralForCausalLM"]
+        assert "[INST]" in (out / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_own"),
+    [
+        ({"unfreeze_mm_vision_tower": True}, True),
+        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model"}, True),  # LLaVA-NeXT's
+        ({"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}, False),
+    ],
+)
+def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path, setting, is_own):
+    from transformers import CLIPVisionModel
+
+    folder = checkpoint(**setting)
+    tower = CLIPVisionModel.from_pretrained(tiny.coarse_tower).state_dict()
+    own = {
+        f"{convert.OWN_TOWER}{name}": value.half() + 1 for name, value in tower.items() if "position_ids" not in name
+    }
+    save_file({**load_file(folder / "model.safetensors"), **own}, folder / "model.safetensors")
+    export_checkpoint(str(folder), tmp_path / "out", dtype="float32")
+    name = "vision_model.encoder.layers.3.mlp.fc1.bias"
+    exported = load_file(tmp_path / "out" / "model.safetensors")[f"model.vision_tower.{name}"]
+    expected = own[convert.OWN_TOWER + name].float() if is_own else tower[name]
+    torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tokenizer_without_the_end_of_a_conversation(checkpoint, tmp_path):
+    """As Llama 3 has it: nothing says in which conversation it was trained."""
+    from tokenizers import Tokenizer, models
+
+    folder = checkpoint()
+    (folder / "tokenizer.model").unlink()
+    words = {word: number for number, word in enumerate(["<|begin_of_text|>", "<|eot_id|>", "a"])}
+    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(folder, tmp_path, "a tokenizer without '</s>'.* --version v1, pass that as --conv-mode")
+    assert main(["export", str(folder), str(tmp_path / "out"), "--conv-mode", "llava_v1"]) == 0
+    assert "human's questions" in (tmp_path / "out" / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize("setting", [{"add_bos_token": False}, {"add_eos_token": True}])
+def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, setting):
+    folder = checkpoint()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    ((name, value),) = setting.items()
+    refused(folder, tmp_path, f"tokenizer_config.json has {name} {value}: only {not value} can be exported")
 
 
 # What is refused, and what is left behind then
@@ -558,6 +612,17 @@ def test_a_type_of_ones_own_travels(tmp_path, monkeypatch):
     code = travelling_code("corner:stride=3")
     assert "from . import registry_corner as llava_projectors" in code["my_corner.py"]
     assert "from .my_corner import Corner" in code["registry_corner.py"]
+
+
+def test_a_type_whose_file_is_named_as_ours_does_not_travel(tmp_path, monkeypatch):
+    """Both would be `base.py` in the folder."""
+    user_type(tmp_path, monkeypatch, "")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "base.py").write_text(textwrap.dedent(CORNER.format(imports="import math")))
+    __import__("mine.base")
+    message = r"mine.base and llava_projectors.projectors.base would be one file, base.py; rename yours"
+    with pytest.raises(DoesNotTravel, match=message):
+        travelling_code("corner")
 
 
 def test_a_type_that_needs_other_packages_does_not_travel(checkpoint, tmp_path, monkeypatch):
