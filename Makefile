@@ -79,7 +79,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compile.log || true
 	touch $@
 
-$(EXPORT_RUN): $(STAMP)
+$(EXPORT_RUN): $(STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new
 	rm -rf $@
 	mv $@.new $@

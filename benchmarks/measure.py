@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory on a CPU is chatty
@@ -68,7 +70,8 @@ def seconds_of(function: Function, device: torch.device) -> float:
 def peak_bytes(function: Function, device: torch.device) -> int:
     """Most memory the call held beyond what was there before it, by torch's allocator.
 
-    Scratch memory that oneDNN and cuBLAS take by themselves is not seen.
+    The call frees nothing that was there before it: on a CPU, some of what it freed would be subtracted. Gradients
+    are therefore added to, not made anew. Scratch memory that oneDNN and cuBLAS take by themselves is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -145,6 +148,12 @@ def _version(package: str) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor and the widest matrix instructions torch uses on it."""
+    """The processor, as Linux names it, and the widest matrix instructions on it."""
     get_capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")
-    return " ".join(filter(None, (platform.machine(), get_capability())))
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        facts = ""
+    model = re.search(r"^model name\s*: (.+)$", facts, re.MULTILINE)
+    amx = "AMX" if re.search(r"^flags.* amx_tile\b", facts, re.MULTILINE) else ""
+    return " ".join(filter(None, (model[1] if model else platform.machine(), get_capability(), amx)))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recompute [--device cpu] [--csv benchmarks/results/recompute-cpu.csv]
 
-kept         autograd keeps it
+kept         autograd keeps it; what TokenPacker's region attention makes again stays so
 recomputed   `projectors/recompute.py`: what the package does
 checkpoint   `torch.utils.checkpoint`, not reentrant, around the GELU and the layer after it; it stops early,
              by an exception inside that layer
@@ -12,6 +12,7 @@ whole        the same without stopping early, so that the hooks of that layer ru
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,15 +54,40 @@ FORWARDS = {
 }
 
 
-def step(name: str, projector: nn.Module, features: torch.Tensor) -> measure.Function:
-    """One forward and backward with the MLPs' forward replaced."""
-    run, _ = forward_backward(projector, features)
+def steps(name: str, projector: nn.Module, features: torch.Tensor) -> tuple[measure.Function, measure.Function]:
+    """`forward_backward` with the MLPs' forward replaced."""
+    run, accumulate = forward_backward(projector, features)
+    return _replaced(name, run), _replaced(name, accumulate)
 
+
+def _replaced(name: str, run: measure.Function) -> measure.Function:
     def replaced() -> None:
         with mock.patch.object(TwoLayerMLP, "forward", FORWARDS[name]):
             run()
 
     return replaced
+
+
+def measurements(
+    projector_type: str, device: torch.device, widths: tuple[int, int] = (1024, 4096), seconds: float = 30.0
+) -> Iterator[dict[str, Any]]:
+    """One row for each way; `seconds` are for each, about."""
+    projector = build_projector(projector_type, *widths).to(device)
+    features = torch.randn(8, 576, projector.num_levels * widths[0], device=device)
+    functions = {name: steps(name, projector, features) for name in FORWARDS}
+    times = measure.interleave({name: run for name, (run, _) in functions.items()}, device, seconds)
+    for name, (_, accumulate) in functions.items():
+        low, middle, high = measure.quartiles([a / b for a, b in zip(times[name], times[BASELINE])])
+        yield {
+            "type": projector_type,
+            "implementation": name,
+            "rounds": len(times[name]),
+            "ratio_q1": f"{low:.3f}",
+            "ratio": f"{middle:.3f}",
+            "ratio_q3": f"{high:.3f}",
+            "peak_mib": round(measure.peak_bytes(accumulate, device) / 2**20, 1),
+            **measure.machine(device),
+        }
 
 
 def main() -> None:
@@ -73,25 +99,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     rows: list[dict[str, Any]] = []
     for projector_type in TYPES:
-        projector = build_projector(projector_type, 1024, 4096).to(device)
-        features = torch.randn(8, 576, projector.num_levels * 1024, device=device)
-        functions = {name: step(name, projector, features) for name in FORWARDS}
-        seconds = measure.interleave(functions, device, 30.0)
-        for name, times in seconds.items():
-            low, middle, high = measure.quartiles([a / b for a, b in zip(times, seconds[BASELINE])])
-            rows.append(
-                {
-                    "type": projector_type,
-                    "implementation": name,
-                    "rounds": len(times),
-                    "ratio_q1": f"{low:.3f}",
-                    "ratio": f"{middle:.3f}",
-                    "ratio_q3": f"{high:.3f}",
-                    "peak_mib": round(measure.peak_bytes(functions[name], device) / 2**20, 1),
-                    **measure.machine(device),
-                }
-            )
-            print(*list(rows[-1].values())[:7], flush=True)
+        for row in measurements(projector_type, device):
+            rows.append(row)
+            print(*list(row.values())[:7], flush=True)
     write_rows(arguments.csv or RESULTS / f"recompute-{device.type}.csv", rows)
 
 

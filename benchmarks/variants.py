@@ -74,9 +74,9 @@ class Shared(TokenPacker):
         return self.mlp(out.flatten(1, 2))
 
 
-def make(variant: str, scale_factor: Any) -> TokenPacker:
-    """A TokenPacker at the sizes of CLIP-L and a 7B LLM."""
-    model = (Shared if variant == "shared" else TokenPacker)(1024, 4096, scale_factor=scale_factor)
+def make(variant: str, scale_factor: Any, widths: tuple[int, int] = (1024, 4096)) -> TokenPacker:
+    """A TokenPacker, at the sizes of CLIP-L and a 7B LLM unless given."""
+    model = (Shared if variant == "shared" else TokenPacker)(*widths, scale_factor=scale_factor)
     attention: Any = model.clip_attn
     attention.__class__ = {"regions": RegionAttention, "products": Products}.get(variant, Patches)
     return model

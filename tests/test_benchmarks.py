@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import high_resolution, measure
+from benchmarks import high_resolution, measure, recompute, variants
 from benchmarks.speed import flops, models, report, suites
 from benchmarks.speed import run as bench_run
 from benchmarks.speed.__main__ import main
@@ -159,6 +159,33 @@ def test_peak_memory_is_what_was_held_at_once():
     assert measure.peak_bytes(function, CPU) == 3 * 2**19
 
 
+def test_what_is_measured_once_is_measured_again():
+    """torch's profiler subtracts what a call frees of an earlier one; the calls measured free nothing."""
+    features = torch.randn(1, 24**2, 4 * WIDTH)
+    _, accumulate = suites.forward_backward(suites.make_projector(Subject("tokenpacker"), WIDTH, HIDDEN), features)
+    accumulate()
+    first, second, third = (measure.peak_bytes(accumulate, CPU) for _ in range(3))
+    assert first == second == third
+
+
+def test_ways_to_keep_less_keep_less():
+    rows = {row["implementation"]: row for row in recompute.measurements("tokenpacker", CPU, (WIDTH, 4 * WIDTH), 0.0)}
+    assert list(rows) == ["kept", "recomputed", "checkpoint", "whole"]
+    peaks = {name: row["peak_mib"] for name, row in rows.items()}
+    assert peaks["recomputed"] < peaks["kept"]
+    assert rows["kept"]["ratio"] == "1.000"
+
+
+@pytest.mark.parametrize("scale_factor", [2, 3, 4])
+def test_the_variants_of_tokenpacker_compute_the_same(scale_factor):
+    models = {name: variants.make(name, scale_factor, (WIDTH, HIDDEN)).double() for name in variants.VARIANTS}
+    features = torch.randn(2, SIDE**2, 4 * WIDTH, dtype=torch.float64)
+    expected = build_projector(f"tokenpacker:scale_factor={scale_factor}", WIDTH, HIDDEN).double()
+    for model in models.values():
+        model.load_state_dict(expected.state_dict())
+        torch.testing.assert_close(model(features), expected(features), rtol=1e-6, atol=1e-8)
+
+
 def test_rounds_are_interleaved_and_the_first_does_not_count():
     calls = []
     functions = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -294,7 +321,7 @@ def test_an_unknown_device_is_explained(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_high_resolution_writes_its_csv(tmp_path, monkeypatch):
-    """Values of the same tiles with and without chunks, in the quick plan; a chunk never holds more than all do."""
+    """The quick plan: chunks hold less than all tiles at once, and training more than inference."""
     path = tmp_path / "high_resolution.csv"
     monkeypatch.setattr("sys.argv", ["high_resolution", "--quick", "--csv", str(path)])
     high_resolution.main()
@@ -303,3 +330,6 @@ def test_high_resolution_writes_its_csv(tmp_path, monkeypatch):
     for projector_type in high_resolution.TYPES:
         whole, chunked = (rows[projector_type, "forward", "8", size] for size in ("8", "4"))
         assert float(chunked["peak_mib"]) < 0.8 * float(whole["peak_mib"])
+        for tiles, size in (("1", "1"), ("8", "4"), ("8", "8")):
+            inference, training = (rows[projector_type, name, tiles, size] for name in ("forward", "forward+backward"))
+            assert float(inference["peak_mib"]) <= float(training["peak_mib"])

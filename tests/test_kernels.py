@@ -1,6 +1,7 @@
 """The fused kernel against the plain code: on a GPU, elsewhere in Triton's interpreter."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,8 +67,13 @@ def test_a_projector_uses_it_when_switched_on(monkeypatch, device, scale_factor)
 
 
 def test_it_is_off_by_default_and_on_a_cpu(monkeypatch):
-    assert not kernels.are_wanted(torch.zeros(1))
+    on_a_gpu = SimpleNamespace(is_cuda=True)  # of the tensor, that is what is looked at
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    assert not kernels.are_wanted(on_a_gpu)
+    monkeypatch.setenv(kernels.VARIABLE, "0")
+    assert not kernels.are_wanted(on_a_gpu)
     monkeypatch.setenv(kernels.VARIABLE, "1")
+    assert kernels.are_wanted(on_a_gpu)
     assert not kernels.are_wanted(torch.zeros(1))
 
 

@@ -371,9 +371,16 @@ def test_a_real_difference_is_seen():
     assert -0.13 < low < high < -0.07
 
 
-def test_runs_at_an_earlier_rate_are_no_further_seeds():
-    earlier, later = (rows_with({"tokenpacker": accuracy}, seeds=1) for accuracy in (0.2, 0.8))
-    results = report.Results([*({**row, "learning_rate": "0.002"} for row in earlier), *later], "tokenpacker")
+@pytest.mark.parametrize("study_has", [0.00025, 0.004])
+def test_runs_at_another_rate_are_no_further_seeds(study_has):
+    """The study's own rate counts, whatever came first; else the last."""
+    other, own = (rows_with({"tokenpacker": accuracy}, seeds=1) for accuracy in (0.2, 0.8))
+    rows = (
+        [{**row, "learning_rate": "0.002"} for row in other],
+        [{**row, "learning_rate": str(study_has)} for row in own],
+    )
+    in_order = rows if study_has == 0.004 else reversed(rows)  # TokenPacker's rate in the study is 2.5e-4
+    results = report.Results([row for part in in_order for row in part], "tokenpacker")
     assert len(results.correct["tokenpacker"]["relative"]) == 1
     assert results.accuracy("tokenpacker", "all")[0] == pytest.approx(0.8, abs=0.05)
 

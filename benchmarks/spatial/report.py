@@ -36,9 +36,14 @@ class Results:
 
     def __init__(self, rows: Sequence[dict[str, str]], study: str) -> None:
         chosen = [row for row in rows if row["study"] == study]
-        # Where the study took another learning rate later, its earlier runs are no further seeds.
-        rates = {row["type"]: row["learning_rate"] for row in chosen}
-        chosen = [row for row in chosen if row["learning_rate"] == rates[row["type"]]]
+        # Runs at another learning rate than the study's are no further seeds.
+        tried: dict[str, list[float]] = {}
+        for row in chosen:
+            tried.setdefault(row["type"], []).append(float(row["learning_rate"]))
+        own = {one.type_string: one.learning_rate for one in STUDIES[study].configurations}
+        # The CSV of another scale has other rates, and may have one alone.
+        rates = {name: own[name] if own.get(name) in found else found[-1] for name, found in tried.items()}
+        chosen = [row for row in chosen if float(row["learning_rate"]) == rates[row["type"]]]
         found = {row["type"] for row in chosen}
         self.study = study
         self.split = chosen[0]["split"]
@@ -159,8 +164,8 @@ def _table(results: Results) -> str:
     lines = [
         f"### {results.study}, {results.split} split",
         "",
-        f"| type | seeds | tokens | FLOPs | mean of families | against `{first}` | position families "
-        f"| {' | '.join(FAMILIES)} |",
+        f"| type | seeds | tokens | FLOPs in 7B against `{STOCK}` | mean of families | against `{first}` "
+        f"| position families | {' | '.join(FAMILIES)} |",
         f"|---|---|---|---|---|---|---|{'---|' * len(FAMILIES)}",
     ]
     for name in results.types:
