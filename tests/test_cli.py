@@ -173,6 +173,15 @@ def test_the_demo_refuses_a_folder_that_makes_an_mpt_of_its_llm(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
+def test_the_demo_trains_asks_and_prints_a_row_for_each_type(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llava_projectors.demo.TYPES", ("mlp2x_gelu", "saep"))
+    assert main(["demo", "--steps", "2", "--output", str(tmp_path / "tiny")]) == 0
+    out = capsys.readouterr().out
+    for name, tokens, sequence in (("mlp2x_gelu", 144, 295), ("saep", 36, 187)):
+        assert re.search(rf"^{name} +{tokens} +{sequence} +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ ", out, re.MULTILINE), out
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("sklearn", "the photographs come with scikit-learn"), ("transformers", "No module named 'transformers'")],

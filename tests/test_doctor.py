@@ -237,6 +237,12 @@ def test_broken_torch_is_reported(tmp_path):
     assert "remedy: reinstall it" in done.stderr
 
 
+def test_a_setting_reaches_the_forks_own_code(fork):
+    line = "vision_tower = model_args.vision_tower"
+    needs = ("model/llava_arch.py", line, f"assert model_args.my_width == 7\n        {line}")
+    assert fork(needs, my_width="7").verdict == "works"
+
+
 def test_a_setting_is_a_name_and_a_value():
     assert (
         "'compressor' is not NAME=VALUE"

@@ -243,6 +243,24 @@ def test_chunks_keep_nothing_of_the_projector(slice_model, projector_type):
     assert alive[6]
 
 
+def test_under_zero3_all_tiles_go_at_once(slice_model):
+    """It gathers weights in every forward on all ranks together, and their numbers of chunks would differ."""
+    from llava_projectors.integration.high_resolution import encode_tiles
+
+    model, batches = slice_model("saep:stride=4"), []
+    tower, projector = model.get_vision_tower(), model.get_model().mm_projector
+    hook = tower.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    tiles = list(torch.randn(6, 3, SIDE, SIDE))
+    encode_tiles(tower, projector, tiles, 2)
+    next(projector.parameters()).ds_id = 0  # as DeepSpeed marks what it holds in parts
+    try:
+        encode_tiles(tower, projector, tiles, 2)
+    finally:
+        hook.remove()
+        del next(projector.parameters()).ds_id
+    assert batches == [2, 2, 2, 6]
+
+
 def test_what_the_config_says(slice_model, tokenizer):
     model = slice_model("saep:stride=4", "slice:patch_num=16,chunk_size=5")
     config = model.config

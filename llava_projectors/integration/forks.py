@@ -1,4 +1,4 @@
-"""The forks of LLaVA that were tried, a row each, and where one differs in what its own code does not tell.
+"""The forks of LLaVA that are known, a row each, and where one differs in what its own code does not tell.
 
 A fork that is laid out like LLaVA needs no row: the table of seams finds its places by pattern.
 """
@@ -16,8 +16,6 @@ class Fork:
 
     Attributes:
         name: what people call it.
-        repository: on GitHub.
-        commit: that was tried.
         package: that it is imported as.
         second_tower: settings that bring a second vision tower, which reads the features of the
             first as those of one layer.
@@ -26,46 +24,40 @@ class Fork:
     """
 
     name: str
-    repository: str
-    commit: str
     package: str
     second_tower: tuple[str, ...] = ()
     refused_settings: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
 
 FORKS = (
-    Fork("LLaVA", "haotian-liu/LLaVA", "c121f04", "llava"),
-    Fork("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "df17966", "llava"),
-    Fork("ShareGPT4V", "ShareGPT4Omni/ShareGPT4V", "b6f70e9", "share4v"),
-    Fork("LLaVA-Med", "microsoft/LLaVA-Med", "d406e3f", "llava"),
-    Fork("FastVLM", "apple/ml-fastvlm", "592b4ad", "llava"),
-    Fork("ViP-LLaVA", "WisconsinAIVision/ViP-LLaVA", "77079b1", "llava"),
-    Fork("PruMerge", "42Shawn/LLaVA-PruMerge", "097c041", "llava"),
-    Fork("RLAIF-V", "RLHF-V/RLAIF-V", "83d917b", "llava"),
-    Fork("Table-LLaVA", "SpursGoZmy/Table-LLaVA", "25b9256", "llava"),
-    Fork("Math-LLaVA", "HZQ950419/Math-LLaVA", "3480ba7", "llava"),
-    Fork("LLaVA-Plus", "LLaVA-VL/LLaVA-Plus-Codebase", "a9f9d6f", "llava"),
-    Fork("LLaVA-MORE", "aimagelab/LLaVA-MORE", "2460d39", "src.llava"),
-    Fork("Bunny", "BAAI-DCAI/Bunny", "08273ac", "bunny"),
-    Fork("MobileVLM", "Meituan-AutoML/MobileVLM", "688fdec", "mobilevlm"),
-    Fork("GeoChat", "mbzuai-oryx/GeoChat", "4850920", "geochat"),
-    Fork("LLaVA-HR", "luogen1996/LLaVA-HR", "1212ffb", "llava_hr"),
-    Fork("TinyLLaVABench", "DLCV-BUAA/TinyLLaVABench", "2d2105f", "tinyllava"),
-    Fork("VCoder", "SHI-Labs/VCoder", "4e85ace", "vcoder_llava"),
+    Fork("LLaVA", "llava"),
+    Fork("LLaVA-NeXT", "llava"),
+    Fork("ShareGPT4V", "share4v"),
+    Fork("LLaVA-Med", "llava"),
+    Fork("FastVLM", "llava"),
+    Fork("ViP-LLaVA", "llava"),
+    Fork("PruMerge", "llava"),
+    Fork("RLAIF-V", "llava"),
+    Fork("Table-LLaVA", "llava"),
+    Fork("Math-LLaVA", "llava"),
+    Fork("LLaVA-Plus", "llava"),
+    Fork("LLaVA-MORE", "src.llava"),
+    Fork("Bunny", "bunny"),
+    Fork("MobileVLM", "mobilevlm"),
+    Fork("GeoChat", "geochat"),
+    Fork("LLaVA-HR", "llava_hr"),
+    Fork("TinyLLaVABench", "tinyllava"),
+    Fork("VCoder", "vcoder_llava"),
     # The first setting is an argument of its training script, the second stands in its config.
-    Fork("MGM", "dvlab-research/MGM", "769820c", "mgm", second_tower=("vision_tower_aux", "mm_vision_tower_aux")),
+    Fork("MGM", "mgm", second_tower=("vision_tower_aux", "mm_vision_tower_aux")),
     Fork(
         "DenseConnector",
-        "HJYao00/DenseConnector",
-        "0f8936c",
         "dc",
         refused_settings={"mm_dense_connector_type": (("none",), "it joins hidden states of its own choice")},
     ),
     # The first setting is an argument of its training script, the second stands in its config.
     Fork(
         "Video-LLaVA",
-        "PKU-YuanGroup/Video-LLaVA",
-        "984e65b",
         "videollava",
         refused_settings=dict.fromkeys(
             ("video_tower", "mm_video_tower"),
@@ -74,8 +66,6 @@ FORKS = (
     ),
     Fork(
         "LLaVA-Mini",
-        "ictnlp/LLaVA-Mini",
-        "47da113",
         "llavamini",
         refused_settings={
             "compressor_size": (
