@@ -14,6 +14,7 @@ from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
+from llava_projectors.cli import main
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
@@ -181,9 +182,26 @@ def test_what_recomputation_costs_is_what_was_measured():
         ("delta:scale_factor=2", "| `delta` "),
     ],
 )
-def test_the_readme_counts_parameters_right(type_string, row):
+def test_the_documents_count_parameters_right(type_string, row):
+    for document in ("README.md", "docs/types.md"):
+        lines = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(row)]
+        assert any(f"{millions(type_string):.2f} M" in line for line in lines), document
+
+
+def test_what_the_plain_separable_convolution_has():
+    text = (ROOT / "docs" / "types.md").read_text()
+    (type_string,) = re.findall(r"`(saep:blocks_before=0\S+)` is the plain separable convolution", text)
+    assert f"{millions(type_string):.2f} M parameters, and behind" in text
+
+
+def millions(type_string):
     with torch.device("meta"):
         projector = build_projector(type_string, mm_hidden_size=1024, hidden_size=4096)
-    millions = sum(parameter.numel() for parameter in projector.parameters()) / 1e6
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(row)]
-    assert any(f"{millions:.2f} M" in line for line in lines)
+    return sum(parameter.numel() for parameter in projector.parameters()) / 1e6
+
+
+def test_the_plan_of_many_nodes_is_what_is_printed(capsys):
+    text = (ROOT / "docs" / "serving.md").read_text()
+    command, printed = re.search(r"^\$ llava-projectors (plan .+)\n((?:.+\n)+?)```$", text, re.MULTILINE).groups()
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == printed
