@@ -185,13 +185,20 @@ def _text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type not in LLMS:
         raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(LLMS)} can be exported")
-    # None too: it is not what every class takes where nothing is said, as of Mistral's sliding_window.
-    settings = {key: config[key] for key in TEXT_KEYS if key in config}
-    architecture = f"{LLMS[str(model_type)].capitalize()}ForCausalLM"
+    from transformers import CONFIG_MAPPING
+
+    kind = LLMS[str(model_type)]
+    usual = CONFIG_MAPPING[kind]()
+    # None is written where it is not what the class takes by itself, as for Mistral's sliding_window.
+    settings = {
+        key: config[key]
+        for key in TEXT_KEYS
+        if config.get(key) is not None or (key in config and getattr(usual, key, None) is not None)
+    }
     # The head is written out, also where the checkpoint shares it with the embeddings.
     return {
-        "model_type": LLMS[str(model_type)],
-        "architectures": [architecture],
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         **settings,
         "tie_word_embeddings": False,
     }
