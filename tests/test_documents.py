@@ -164,6 +164,11 @@ def test_what_recomputation_costs_is_what_was_measured():
         in BENCHMARKS
     )
     assert f"a step takes {saep[2]} and {tokenpacker[2]} of the time" in BENCHMARKS
+    peaks = {(row["type"], row["implementation"]): round(float(row["peak_mib"])) for row in rows}
+    assert {peaks[name, "recomputed"] - peaks[name, "checkpoint"] for name in ("saep", "tokenpacker")} == {0}
+    both = "{} instead of {} MiB for".format(*(peaks["tokenpacker", way] for way in ("recomputed", "kept")))
+    assert f"{both} `tokenpacker`; for `saep` {peaks['saep', 'kept']} MiB with and without" in BENCHMARKS
+    assert peaks["saep", "kept"] == peaks["saep", "recomputed"]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ NARROW = {"inner_size": vision.WIDTH // 2}
 
 # Learning rates of stage 1 that the study `learning_rate` tries at each scale, and the best on validation; stage 2 has
 # one for all. Small: neighbours on a grid of factors of two, up to a best one that has a neighbour on each side.
-# Medium: the small scale's and one or two beside it. Average pooling and pixel shuffle keep the small scale's: after
+# Medium: the small scale's and one to three beside it. Average pooling and pixel shuffle keep the small scale's: after
 # stage 1 they are too near to chance to tell. All types at the largest scale take the small scale's best.
 ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {
@@ -137,7 +137,7 @@ ALL_RATES: dict[str, dict[str, tuple[float, ...]]] = {
         MEDIUM_RESAMPLER: (5e-4, 1e-3),
         STF: (2.5e-4, 5e-4, 1e-3),
         "delta": (2.5e-4, 5e-4),
-        UNNORMED: (2e-3, 4e-3),
+        UNNORMED: (2e-3, 4e-3, 8e-3, 1.6e-2),
         "saep": (2e-3, 4e-3, 8e-3),
     },
 }
