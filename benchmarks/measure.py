@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, TypeVar
@@ -70,8 +71,8 @@ def seconds_of(function: Function, device: torch.device) -> float:
 def peak_bytes(function: Function, device: torch.device) -> int:
     """Most memory the call held beyond what was there before it, by torch's allocator.
 
-    The call frees nothing that was there before it: on a CPU, some of what it freed would be subtracted. Gradients
-    are therefore added to, not made anew. Scratch memory that oneDNN and cuBLAS take by themselves is not seen.
+    The call must free nothing that was there before it, because on a CPU torch's profiler would subtract some of
+    it: a backward pass adds to gradients that are there. Scratch memory of oneDNN and cuBLAS is not seen.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -147,6 +148,7 @@ def _version(package: str) -> str:
         return ""
 
 
+@cache  # every row of a CSV has it
 def _cpu_name() -> str:
     """The processor, as Linux names it, and the widest matrix instructions on it."""
     get_capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recompute [--device cpu] [--csv benchmarks/results/recompute-cpu.csv]
 
-kept         autograd keeps it; what TokenPacker's region attention makes again stays so
+kept         autograd keeps it; TokenPacker's region attention still makes its own tensors again
 recomputed   `projectors/recompute.py`: what the package does
 checkpoint   `torch.utils.checkpoint`, not reentrant, around the GELU and the layer after it; it stops early,
              by an exception inside that layer

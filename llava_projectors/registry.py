@@ -235,7 +235,7 @@ def _record(name: str, type_string: str, config: Any, known: Mapping[str, Option
 
 
 def _agree(given: Any, kept: Any) -> bool:
-    """Whether a typed option is the recorded one; layers counted from the end are not compared."""
+    """Whether a typed option is the recorded one; layers counted from the end are compared in `resolve_layers`."""
     return given == kept or (isinstance(given, tuple) and min(given) < 0)
 
 

@@ -20,6 +20,7 @@ from llava_projectors.integration.gate import Package
 from llava_projectors.integration.image_processor import tile_side
 from llava_projectors.integration.log import log, logger
 from llava_projectors.integration.tower import ReducedTower, find_tower
+from llava_projectors.integration.weights import partitioned_parameters
 from llava_projectors.projectors.recompute import inside_checkpoint
 from llava_projectors.spec import ProjectorSpecError
 
@@ -148,7 +149,7 @@ def encode_tiles(tower: Any, projector: Any, tiles: list[torch.Tensor], chunk_si
     instead of kept; the tower's features are kept. ZeRO-3 takes all tiles at once: it gathers weights
     in every forward on all ranks together, and their numbers of chunks would differ.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in projector.parameters()):
+    if partitioned_parameters(projector):
         chunk_size = len(tiles)
     chunks = [tiles[start : start + chunk_size] for start in range(0, len(tiles), chunk_size)]
     if len(chunks) == 1:

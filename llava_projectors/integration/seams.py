@@ -253,11 +253,11 @@ def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any)
             return function(*args, **kwargs)  # which says itself what it misses
         settings = seam.settings(arguments)
         if any(is_ours(one, package) for one in settings):
-            # Replacements have names of their own for what comes first.
-            for name in list(signature.parameters)[len(args) :]:
-                if name not in kwargs or signature.parameters[name].default is not inspect.Parameter.empty:
+            # A replacement may call its first arguments otherwise, so they go to it by place.
+            for parameter in list(signature.parameters.values())[len(args) :]:
+                if parameter.name not in kwargs or parameter.default is not inspect.Parameter.empty:
                     break
-                args = (*args, kwargs.pop(name))
+                args = (*args, kwargs.pop(parameter.name))
             return seam.replacement(function, package, *args, **kwargs)
         if seam.on_error is None:
             return function(*args, **kwargs)

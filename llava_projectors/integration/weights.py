@@ -160,6 +160,11 @@ def expected_shapes(projector: Projector) -> Shapes:
     }
 
 
+def partitioned_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that ZeRO-3 has partitioned: they are empty outside a forward."""
+    return {name for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")}
+
+
 # What is wrong with it
 
 
@@ -277,9 +282,8 @@ def _check_state_dict(module: Projector, state_dict: Mapping[str, Any], prefix: 
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
-    # A checkpoint of ZeRO-3 itself, to resume from, has an empty tensor for what its optimizer's files hold in parts.
-    in_parts = {name for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")}
-    found.update({name: expected[name] for name in in_parts if found.get(name) == (0,)})
+    # In a checkpoint of ZeRO-3 itself, which runs resume from, these are empty; the optimizer's files hold their parts.
+    found.update({name: expected[name] for name in partitioned_parameters(module) if found.get(name) == (0,)})
     wrong = problems(expected, found, partial=True)
     if wrong:
         raise ProjectorWeightsError(

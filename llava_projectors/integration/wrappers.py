@@ -255,8 +255,8 @@ def announce(model: Any) -> None:
             f"{asked} needs the patched vision tower, but {type(tower).__name__} was built around the patch; "
             "run `llava-projectors doctor`"
         )
-    # Inside DeepSpeed's zero.Init any projector is empty, the one that would be tried as well.
-    if tower.patch_side is not None and not any(hasattr(p, "ds_id") for p in projector.parameters()):
+    # DeepSpeed's zero.Init would empty the projector that `check_tokens` builds as well.
+    if tower.patch_side is not None and not weights.partitioned_parameters(projector):
         check_tokens(tower.projector_spec, projector, tower.patch_side)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in projector.parameters())  # ZeRO-3 empties p
     log(f"{type_string}: {tower.describe()}, {parameters / 1e6:.2f}M parameters")

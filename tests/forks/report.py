@@ -68,7 +68,7 @@ def agreement(found):
             else f"**doctor and what happened differ on {', '.join(sorted(counted ^ said))}.**",
             f"**The plugin changes the own type of {', '.join(harmed)}.**"
             if harmed
-            else "The plugin changes the own type of none.",
+            else "The plugin changes no fork's own type.",
             "A type name that a fork's own builder knows too stays the fork's"
             + (f"; the builder of {', '.join(names)} takes any name." if names else "."),
         ]
