@@ -22,7 +22,7 @@ from benchmarks import measure
 from benchmarks.speed import models
 from benchmarks.table import write_rows
 from llava_projectors import registry
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
 from llava_projectors.integration.high_resolution import encode_tiles
 from llava_projectors.slicing import Slicing
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from llava_projectors.cli import main
+from llava_projectors.commands.cli import main
 
 sys.exit(main())

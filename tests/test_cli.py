@@ -12,7 +12,7 @@ import pytest
 import warm
 
 import llava_projectors
-from llava_projectors.cli import main
+from llava_projectors.commands.cli import main
 
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
 
@@ -153,7 +153,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava_projectors.listing.print_types", interrupted)
+    monkeypatch.setattr("llava_projectors.commands.listing.print_types", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "\nlist: interrupted\n"
 
@@ -175,7 +175,7 @@ def test_the_demo_refuses_a_folder_that_makes_an_mpt_of_its_llm(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_trains_asks_and_prints_a_row_for_each_type(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llava_projectors.demo.TYPES", ("mlp2x_gelu", "saep"))
+    monkeypatch.setattr("llava_projectors.commands.demo.TYPES", ("mlp2x_gelu", "saep"))
     assert main(["demo", "--steps", "2", "--output", str(tmp_path / "tiny")]) == 0
     out = capsys.readouterr().out
     for name, tokens, sequence in (("mlp2x_gelu", 144, 295), ("saep", 36, 187)):

@@ -14,7 +14,8 @@ import torch
 import warm
 from torch import nn
 
-from llava_projectors.integration import doctor, tower, trial
+from llava_projectors.commands import doctor, trial
+from llava_projectors.integration import tower
 
 LLAVA = Path(llava.__file__).parent
 ARCH, TOWERS, PROJECTORS = (

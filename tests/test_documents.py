@@ -14,7 +14,7 @@ from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
-from llava_projectors.cli import main
+from llava_projectors.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()

@@ -117,4 +117,4 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert set(names) == listed
     tops = {name.split("/")[0].split("-")[0] for name in names}
     assert tops == {"llava_projectors", "llava_projectors.pth"}
-    assert {"llava_projectors/py.typed", "llava_projectors/viz/page.html"} <= set(names)
+    assert {"llava_projectors/py.typed", "llava_projectors/commands/show/page.html"} <= set(names)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_projectors import ProjectorSpecError
-from llava_projectors.demo import ask
+from llava_projectors.commands.demo import ask
 from llava_projectors.integration.weights import ProjectorWeightsError
 from llava_projectors.tiny.train import TrainingFailed, losses, training_command
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_projectors.viz import colours
-from llava_projectors.viz.models import random_model
-from llava_projectors.viz.page import page
-from llava_projectors.viz.view import make_view
+from llava_projectors.commands.show import colours
+from llava_projectors.commands.show.models import random_model
+from llava_projectors.commands.show.page import page
+from llava_projectors.commands.show.view import make_view
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra llava-projectors[test])")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

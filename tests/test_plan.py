@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_projectors.cli import main
-from llava_projectors.plan import LLMS, Llm, activation_bytes, plan
+from llava_projectors.commands.cli import main
+from llava_projectors.commands.plan import LLMS, Llm, activation_bytes, plan
 
 ROOT = Path(__file__).parent.parent
 # The LLM of the benchmark on a CPU, and the text beside one picture; see benchmarks/speed.

@@ -161,7 +161,7 @@ def test_layers_counted_from_the_end_are_compared_with_the_checkpoints(trained, 
     """`resolve` knows no tower, so it cannot; the tower can, wherever one is at hand."""
     from llava.model import LlavaLlamaForCausalLM
 
-    from llava_projectors.check import check
+    from llava_projectors.commands.check import check
 
     folder = trained("saep").checkpoint
     model = LlavaLlamaForCausalLM.from_pretrained(folder).get_model()

@@ -118,7 +118,7 @@ def test_a_loaded_checkpoint_receives_the_reference_and_answers(sliced, tiny, ca
             )
             torch.testing.assert_close(model(input_ids=ids, images=images).logits, logits, rtol=1e-3, atol=1e-4)
 
-    from llava_projectors.demo import ask
+    from llava_projectors.commands.demo import ask
 
     answers = {name: ask(sliced(projector_type)[1], tiny.images / name) for name in ("flower.jpg", "tower.png")}
     assert answers["flower.jpg"].visual_tokens == 7 * TOKENS

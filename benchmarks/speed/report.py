@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 from benchmarks.speed.candidates import EAGER, NAIVE, STOCK
 from benchmarks.table import Row
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, ProjectorWeightsError, build_projector
-from llava_projectors.cli import main
+from llava_projectors.commands.cli import main
 from llava_projectors.export import compare, convert, verify
 from llava_projectors.export.checkpoint import read_checkpoint
 from llava_projectors.export.convert import export_checkpoint
@@ -551,7 +551,7 @@ def test_a_disk_that_fills_up_while_writing(checkpoint, tmp_path):
         import resource, signal, sys
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        from llava_projectors.cli import main
+        from llava_projectors.commands.cli import main
         sys.exit(main(["export", {str(checkpoint())!r}, {str(tmp_path / "outputs" / "out")!r}]))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)

@@ -23,7 +23,8 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
 from llava_projectors import autoload
-from llava_projectors.integration import doctor, seams, trial
+from llava_projectors.commands import doctor, trial
+from llava_projectors.integration import seams
 from llava_projectors.registry import list_projectors
 from llava_projectors.tiny import train
 

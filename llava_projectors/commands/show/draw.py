@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import ImageOps
 
-from llava_projectors.viz import colours
-from llava_projectors.viz.view import View
+from llava_projectors.commands.show import colours
+from llava_projectors.commands.show.view import View
 
 PANEL = 3.2  # inches
 OUTLINE = "#0060ff"

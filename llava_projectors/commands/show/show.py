@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from llava_projectors.viz.draw import draw
-from llava_projectors.viz.models import random_model, trained_model
-from llava_projectors.viz.page import page
-from llava_projectors.viz.picture import read_picture
-from llava_projectors.viz.view import make_view
+from llava_projectors.commands.show.draw import draw
+from llava_projectors.commands.show.models import random_model, trained_model
+from llava_projectors.commands.show.page import page
+from llava_projectors.commands.show.picture import read_picture
+from llava_projectors.commands.show.view import make_view
 
 PAGE = ".html"
 

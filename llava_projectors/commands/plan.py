@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
 from llava_projectors.registry import build_projector, resolve
 
 GIB = 2**30

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
 from llava_projectors import autoload
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
+from llava_projectors.commands.trial import CANNOT_WORK, NOT_CHECKED, STOCK_TYPE, WORKS, Report, Trial, run_trial
 from llava_projectors.integration.forks import known_forks
 from llava_projectors.integration.seams import SeamReport
-from llava_projectors.integration.trial import CANNOT_WORK, NOT_CHECKED, STOCK_TYPE, WORKS, Report, Trial, run_trial
 
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "flash-attn")
 DEFAULT_TYPE = "saep"

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from test_projectors import features_for, randomise
 
-from llava_projectors import build_projector, viz
-from llava_projectors.cli import main
+from llava_projectors import build_projector
+from llava_projectors.commands import show
+from llava_projectors.commands.cli import main
+from llava_projectors.commands.show.draw import draw
+from llava_projectors.commands.show.models import random_model
+from llava_projectors.commands.show.picture import read_picture
+from llava_projectors.commands.show.view import make_view, own_regions
 from llava_projectors.projectors import tokenpacker
-from llava_projectors.viz.draw import draw
-from llava_projectors.viz.models import random_model
-from llava_projectors.viz.picture import read_picture
-from llava_projectors.viz.view import make_view, own_regions
 
 
 @pytest.mark.parametrize(("type_string", "side"), [("avg_pool:stride=3", 12), ("avg_pool", 7)])
@@ -26,7 +27,7 @@ def test_average_pooling_sees_its_region_evenly(type_string, side):
     # One picture in which all patches are alike, so that the derivative by each is the same.
     features = torch.randn(1, 1, 8).expand(1, side * side, 8)
     s, token_side = projector.stride, -(-side // projector.stride)
-    maps = viz.token_maps(projector, features, range(token_side**2))
+    maps = show.token_maps(projector, features, range(token_side**2))
     for token, found in enumerate(maps):
         row, column = divmod(token, token_side)
         expected = torch.zeros(side, side)
@@ -39,7 +40,7 @@ def test_saep_sees_as_far_as_its_kernels(blocks_before, blocks_after, reach):
     projector = randomise(
         build_projector(f"saep:kernel_size=5,blocks_before={blocks_before},blocks_after={blocks_after}", 8, 16)
     )
-    (found,) = viz.token_maps(projector, features_for(projector, batch=1), [3 * 6 + 2])
+    (found,) = show.token_maps(projector, features_for(projector, batch=1), [3 * 6 + 2])
     rows, columns = (found.sum(dim).gt(0).nonzero().flatten().tolist() for dim in (1, 0))
     # Output pixel i of a 5x5 kernel with stride 2 and padding 2 reaches from 2i - 2 to 2i + 2; a block of 3x3 kernels
     # one patch further before the stride, one token of two patches behind it.
@@ -65,7 +66,7 @@ def test_tokenpackers_maps_are_the_weights_it_attends_with(monkeypatch, side, he
         row, column = token // 4 * 3, token % 4 * 3
         region = maps[:, token, row : row + 3, column : column + 3]
         torch.testing.assert_close(region, weights[:, token // 4, token % 4, : region.shape[1], : region.shape[2]])
-    torch.testing.assert_close(viz.token_maps(projector, features, [5]), maps[:1, 5])
+    torch.testing.assert_close(show.token_maps(projector, features, [5]), maps[:1, 5])
 
 
 @pytest.mark.parametrize("type_string", ["saep:stride=3", "tokenpacker", "resampler:num_queries=16"])
@@ -115,7 +116,7 @@ def one_line(capsys):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails when a model is made: what is wrong is said before."""
-    monkeypatch.setattr("llava_projectors.viz.models.Model.__init__", None)
+    monkeypatch.setattr("llava_projectors.commands.show.models.Model.__init__", None)
     monkeypatch.setattr("llava.model.builder.load_pretrained_model", None)
 
 
@@ -232,7 +233,7 @@ def test_other_random_directions_draw_the_same_map(tiny, type_string):
     model = random_model(type_string)
     with Image.open(tiny.images / "flower.jpg") as picture, torch.no_grad():
         features = model.features(model.pixels(picture)[None])
-    first, second = (viz.token_maps(model.projector, features, [0, 27, 40], seed).flatten(1) for seed in (0, 1))
+    first, second = (show.token_maps(model.projector, features, [0, 27, 40], seed).flatten(1) for seed in (0, 1))
     for pair in zip(first, second):
         assert torch.corrcoef(torch.stack(pair))[0, 1] > 0.997
 
@@ -245,7 +246,7 @@ def test_a_receptive_field_is_the_norm_of_the_derivative(type_string):
     jacobian = torch.autograd.functional.jacobian(lambda x: projector(x)[0], features)[:, :, 0]
     exact = jacobian.square().sum((1, 3)).sqrt()
     exact /= exact.sum(1, keepdim=True)
-    found = viz.token_maps(projector, features, range(len(exact))).flatten(1)
+    found = show.token_maps(projector, features, range(len(exact))).flatten(1)
     assert torch.equal(found > 0, exact > 0)
     assert (found - exact).abs().max() < 0.1 * exact.max()
 

@@ -184,7 +184,10 @@ def setting(text: str) -> tuple[str, str]:
 
 def list_types(arguments: argparse.Namespace) -> int:
     """Print every registered type, or what becomes of a picture with each."""
-    from llava_projectors.listing import print_image, print_types  # imports torch, which `--help` need not wait for
+    from llava_projectors.commands.listing import (  # imports torch, which `--help` need not wait for
+        print_image,
+        print_types,
+    )
 
     if arguments.image is None:
         print_types(arguments.json)
@@ -229,8 +232,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print(f"torch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)
         print(f"remedy: reinstall it, {sys.executable} -m pip install --force-reinstall torch", file=sys.stderr)
         return 1
-    from llava_projectors.integration.doctor import diagnose, print_diagnosis
-    from llava_projectors.integration.trial import WORKS
+    from llava_projectors.commands.doctor import diagnose, print_diagnosis
+    from llava_projectors.commands.trial import WORKS
 
     logging.disable(logging.INFO)  # DeepSpeed reports its accelerator on import
     packages = arguments.package or list(autoload.armed_packages()) or ["llava"]
@@ -241,7 +244,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what fits; status 1 with the reason when something does not."""
-    from llava_projectors.check import check
+    from llava_projectors.commands.check import check
 
     if arguments.type is None and arguments.model_path is None:
         print("nothing to check: give a TYPE, or --model-path", file=sys.stderr)
@@ -262,7 +265,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demo, or say what to install for it."""
     try:
-        from llava_projectors.demo import demo
+        from llava_projectors.commands.demo import demo
         from llava_projectors.tiny.assets import photographs
 
         photographs()
@@ -283,7 +286,7 @@ def run_show(arguments: argparse.Namespace) -> int:
         print(f"cannot show {arguments.image}: --model-base belongs to a --model-path", file=sys.stderr)
         return 1
     try:
-        from llava_projectors.viz import show
+        from llava_projectors.commands.show import show
 
         title = show(
             arguments.image,
@@ -311,7 +314,7 @@ def first_line(error: Exception) -> str:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Print the plan of LLaVA's own projector and of the types asked for."""
-    from llava_projectors.plan import LLMS, plan, print_plan
+    from llava_projectors.commands.plan import LLMS, plan, print_plan
     from llava_projectors.spec import ProjectorSpecError
 
     try:
@@ -338,7 +341,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; status 1 with the reason when it cannot be, or is not what LLaVA says."""
     try:
-        from llava_projectors.export.command import export
+        from llava_projectors.commands.export import export
     except ImportError as error:
         return lacks_package("the export", "export", error)
     try:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from llava_projectors import registry, slicing
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
 from llava_projectors.spec import format_value
 
 INDENT = "    "

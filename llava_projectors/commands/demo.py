@@ -16,7 +16,7 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_projectors.columns import print_columns
+from llava_projectors.commands.columns import print_columns
 from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower
 from llava_projectors.tiny.train import (
     TrainingFailed,

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava_projectors.viz import colours
-from llava_projectors.viz.view import Box, View
+from llava_projectors.commands.show import colours
+from llava_projectors.commands.show.view import Box, View
 
 STEPS = 65535  # shares travel as 16 bits, of which this is the largest one
 

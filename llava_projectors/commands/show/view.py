@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from llava_projectors import slicing
+from llava_projectors.commands.show.maps import token_maps
+from llava_projectors.commands.show.models import Model
 from llava_projectors.integration.image_processor import SlicingProcessor, tile_side
 from llava_projectors.projectors.base import Projector
-from llava_projectors.viz.maps import token_maps
-from llava_projectors.viz.models import Model
 
 
 class Box(NamedTuple):

@@ -1,0 +1,1 @@
+"""What a user runs beside training and serving: `llava-projectors COMMAND`. Nothing else imports this."""

@@ -1,6 +1,0 @@
-"""Pictures and pages of what each visual token was made from."""
-
-from llava_projectors.viz.maps import token_maps
-from llava_projectors.viz.show import show
-
-__all__ = ["show", "token_maps"]
