@@ -20,7 +20,7 @@ import venv
 from pathlib import Path
 
 from benchmarks.table import write_rows
-from llava_projectors.commands.cli import at_least
+from llava_projectors.commands.arguments import at_least
 
 ROOT = Path(__file__).parents[1]
 

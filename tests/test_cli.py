@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from PIL import Image
 
 import llava_projectors
 from llava_projectors.commands.cli import main
@@ -183,12 +184,27 @@ def test_the_demo_trains_asks_and_prints_a_row_for_each_type(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
-    [("sklearn", "the photographs come with scikit-learn"), ("transformers", "No module named 'transformers'")],
+    ("command", "missing", "remedy"),
+    [
+        (["demo"], "sklearn", "install 'scikit-learn'"),
+        (["demo"], "transformers", "install 'transformers<4.41,>=4.31'"),
+        (["check", "saep", "--vision-tower", "x"], "transformers", "install 'transformers<4.41,>=4.31'"),
+        (["show", "x.png"], "PIL", "install 'pillow'"),
+        (["show", "x.png"], "matplotlib", "install 'matplotlib'"),
+        (["list"], "torch", "install --force-reinstall torch"),
+    ],
 )
-def test_demo_says_what_to_install(tmp_path, missing, message):
-    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{missing}'\")")
-    arguments = ("demo", "--output", str(tmp_path))
+def test_what_is_missing_is_named_with_the_line_that_installs_it(tmp_path, command, missing, remedy):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('no {missing}', name='{missing}')")
+    out = cli(*command, status=1, stderr=True, run=subprocess.run, PYTHONPATH=str(tmp_path))
+    assert re.search(f"{command[0]} cannot run: .*(no {missing}|the photographs come with scikit-learn)", out)
+    assert f"remedy: {sys.executable} -m pip {remedy}\n" in out
+
+
+def test_without_llava_a_command_says_how_to_get_it(tmp_path):
+    (tmp_path / "llava.py").write_text("raise ModuleNotFoundError('no llava', name='llava')")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    arguments = ("show", str(picture), "--model-path", str(tmp_path), "--output", str(tmp_path / "x.png"))
     out = cli(*arguments, status=1, stderr=True, run=subprocess.run, PYTHONPATH=str(tmp_path))
-    assert re.search(f"the demo lacks a package: .*{message}", out)
-    assert "pip install 'llava-projectors[demo]'" in out
+    assert "show cannot run: ModuleNotFoundError: no llava\nremedy: install LLaVA in this environment" in out

@@ -20,7 +20,7 @@ from benchmarks.spatial.store import Split
 from benchmarks.spatial.study import FULL, QUICK, STUDIES, study
 from benchmarks.speed.run import choose_device
 from benchmarks.table import read_rows
-from llava_projectors.commands.cli import at_least
+from llava_projectors.commands.arguments import at_least
 
 RESULTS = Path(__file__).parents[1] / "results"
 NAME = {"small": "spatial"}.get(sizes.NAME, f"spatial-{sizes.NAME}")

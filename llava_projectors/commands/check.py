@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -14,6 +16,11 @@ from llava_projectors.integration import weights
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError, format_value
+
+DESCRIPTION = (
+    "Reads configs and the headers of weights only, so it takes seconds. "
+    "Exit status 0: all fits; 1: not, with the reason."
+)
 
 
 def check(
@@ -128,3 +135,32 @@ def _llm_width(found: weights.Shapes) -> Optional[int]:
     """The LLM's width, by the last bias: every projector of ours ends in a layer of that width."""
     biases = [shape for name, shape in found.items() if name.endswith("bias")]
     return biases[-1][0] if biases else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors check`."""
+    parser.add_argument("type", nargs="?", metavar="TYPE", help="a type string (default: the checkpoint's)")
+    parser.add_argument("--model-path", help="folder of a LLaVA checkpoint")
+    parser.add_argument("--vision-tower", help="folder or hub name of the vision tower (default: the checkpoint's)")
+    parser.add_argument("--select-layer", type=int, help="LLaVA's --mm_vision_select_layer (checkpoint's, or -2)")
+    parser.add_argument("--adapter", help="an mm_projector.bin, for --pretrain_mm_mlp_adapter")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what fits; status 1 with the reason when something does not."""
+    if arguments.type is None and arguments.model_path is None:
+        print("nothing to check: give a TYPE, or --model-path", file=sys.stderr)
+        return 1
+    try:
+        lines = check(
+            arguments.type,
+            model_path=arguments.model_path,
+            vision_tower=arguments.vision_tower,
+            adapter=arguments.adapter,
+            select_layer=arguments.select_layer,
+        )
+    except (OSError, ValueError) as error:
+        print(f"does not fit: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -16,19 +17,25 @@ import torch
 import transformers
 from PIL import Image
 
+from llava_projectors.commands.arguments import at_least
 from llava_projectors.commands.columns import print_columns
-from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower
+from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower, photographs
 from llava_projectors.tiny.train import (
     TrainingFailed,
     check_llm_path,
     finetune_arguments,
     losses,
     pretrain_arguments,
-    run,
     seconds_per_step,
     training_command,
 )
+from llava_projectors.tiny.train import run as run_command
 
+DESCRIPTION = (
+    "Makes tiny checkpoints and data offline, runs LLaVA's own pretraining and fine-tuning on each type, loads the "
+    "checkpoints with LLaVA's own loader, asks a question, and prints one table. Needs LLaVA. Uses CUDA when there is "
+    "one."
+)
 TYPES = ("mlp2x_gelu", "saep", "tokenpacker", "tokenpacker:scale_factor=3")
 PRETRAIN_STEPS = 8
 HEADER = ("projector type", "visual tokens", "LLM sequence", "s/step", "first loss", "last loss", "answer")
@@ -135,11 +142,11 @@ def train(projector_type: str, folder: Path, assets: Assets, steps: int, say: Ca
     say(f"{projector_type}: python -m llava.train.train, pretraining, {PRETRAIN_STEPS} steps")
     options = pretrain_arguments(assets.pretrain_data, assets.images, max_steps=PRETRAIN_STEPS)
     command = training_command(adapter, assets.llm, assets.tower, projector_type, **options)
-    run(command, folder / "pretrain.log", environment)
+    run_command(command, folder / "pretrain.log", environment)
     say(f"{projector_type}: python -m llava.train.train, fine-tuning, {steps} steps")
     options = finetune_arguments(assets.finetune_data, assets.images, adapter / "mm_projector.bin", max_steps=steps)
     command = training_command(checkpoint, assets.llm, assets.tower, projector_type, **options)
-    run(command, folder / "finetune.log", environment)
+    run_command(command, folder / "finetune.log", environment)
     return checkpoint
 
 
@@ -202,3 +209,17 @@ def _measured(checkpoint: Path, answer: Answer) -> tuple[str, ...]:
         f"{curve[-1]:.3f}",
         answer.text,
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors demo`."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder for checkpoints and logs (%(default)s)"
+    )
+    parser.add_argument("--steps", type=at_least(1), default=80, help="fine-tuning steps of each type (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; what it lacks is said before anything is written."""
+    photographs()
+    return demo(arguments.output, arguments.steps)

@@ -6,9 +6,11 @@ one, the remedy. Every package is imported and tried in a process of its own.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +25,12 @@ from llava_projectors.commands.trial import CANNOT_WORK, NOT_CHECKED, STOCK_TYPE
 from llava_projectors.integration.forks import known_forks
 from llava_projectors.integration.seams import SeamReport
 
+DESCRIPTION = (
+    "Checks the start-up hook, the versions around and every place that is patched, then builds a tiny random model of "
+    "each LLM class of the package, by the package's own code, and counts the visual tokens that reach the LLM. "
+    "Verdicts: works; cannot work, with the reason; not checked, with the reason. "
+    "Exit status 0: everything works; 1: not."
+)
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "flash-attn")
 DEFAULT_TYPE = "saep"
 
@@ -252,3 +260,40 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
         print(f"{package.package}: {package.verdict}: {package.reason}")
     if diagnosis.verdict == WORKS:
         print(f"All is well: pass --mm_projector_type {diagnosis.type_string} to LLaVA's scripts.")
+
+
+def setting(text: str) -> tuple[str, str]:
+    """`NAME=VALUE` -> both, the name without dashes before it."""
+    name, equals, value = text.lstrip("-").partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors doctor`."""
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    parser.add_argument(
+        "--package",
+        action="append",
+        metavar="NAME",
+        help="a package to check, may be repeated (default: llava, and those in LLAVA_PROJECTORS_PACKAGES)",
+    )
+    parser.add_argument("--type", default=DEFAULT_TYPE, help="the type string to try (%(default)s)")
+    parser.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        type=setting,
+        metavar="NAME=VALUE",
+        help="a setting of your training command, without the dashes, may be repeated",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the diagnosis; status 1 unless everything works."""
+    logging.disable(logging.INFO)  # DeepSpeed reports its accelerator on import
+    packages = arguments.package or list(autoload.armed_packages()) or ["llava"]
+    diagnosis = diagnose(packages, arguments.type, dict(arguments.argument))
+    print_diagnosis(diagnosis, arguments.json)
+    return 0 if diagnosis.verdict == WORKS else 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
@@ -11,6 +13,11 @@ from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.tensors import Output
 from llava_projectors.export.verify import LOOSE, TOLERANCE, verify
+
+DESCRIPTION = (
+    "Reads a LLaVA checkpoint with one of our projectors tensor by tensor, whole, projector-only or LoRA (merged), and "
+    "writes a folder that AutoModelForImageTextToText and vLLM load, with the projector's code in it."
+)
 
 
 def export(
@@ -49,3 +56,42 @@ def progress_bar(outputs: Sequence[Output]) -> Iterable[Output]:
     except ImportError:
         return outputs
     return tqdm(outputs, desc="export", unit="tensor")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors export`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of the LLaVA checkpoint")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make; must not exist")
+    parser.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    parser.add_argument(
+        "--dtype", choices=["float16", "bfloat16", "float32"], help="of the weights (default: as they are stored)"
+    )
+    parser.add_argument(
+        "--conv-mode",
+        choices=["vicuna_v1", "llava_v1", "mistral_instruct"],
+        help="conversation of the chat template (default: vicuna_v1, which --version v1 trains; for Mistral "
+        "mistral_instruct)",
+    )
+    parser.add_argument("--verify", action="store_true", help="compare with LLaVA's own answers; needs LLaVA")
+    parser.add_argument(
+        "--verify-python",
+        metavar="PYTHON",
+        help="interpreter with current transformers to compare in (default: this stack, from the folder's weights)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint; status 1 with the reason when it cannot be, or is not what LLaVA says."""
+    try:
+        return export(
+            arguments.checkpoint,
+            arguments.output,
+            arguments.model_base,
+            arguments.dtype,
+            arguments.conv_mode,
+            arguments.verify or arguments.verify_python is not None,
+            arguments.verify_python,
+        )
+    except ValueError as error:
+        print(f"cannot export {arguments.checkpoint}: {error}", file=sys.stderr)
+        return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from llava_projectors import registry, slicing
 from llava_projectors.commands.columns import print_columns
 from llava_projectors.spec import format_value
 
+DESCRIPTION = "Types, what they are, their visual tokens at each stride, and their options."
 INDENT = "    "
 TILE = 336
 NUM_PATCHES_PER_SIDE = TILE // 14
@@ -90,3 +92,32 @@ def describe_type(name: str) -> dict[str, Any]:
             for option in options.values()
         ],
     }
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """`1920x1080` -> (1920, 1080)."""
+    width, _, height = text.lower().partition("x")
+    if not all(side.isdecimal() and 0 < int(side) < 2**31 for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels like 1920x1080")
+    return int(width), int(height)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors list`."""
+    parser.add_argument(
+        "--image",
+        type=picture_size,
+        metavar="WIDTHxHEIGHT",
+        help="grid and visual tokens of such a picture with --image_aspect_ratio slice, instead of the options",
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print every registered type, or what becomes of a picture with each."""
+    if arguments.image is None:
+        print_types(arguments.json)
+    else:
+        width, height = arguments.image
+        print_image(width, height, arguments.json)
+    return 0

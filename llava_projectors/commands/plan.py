@@ -7,14 +7,23 @@ one of N GPUs. tests/test_plan.py holds the activations against the peaks that t
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
 
+from llava_projectors.commands.arguments import at_least, positive
 from llava_projectors.commands.columns import print_columns
 from llava_projectors.registry import build_projector, resolve
+from llava_projectors.spec import ProjectorSpecError
 
+DESCRIPTION = (
+    "Counts what a training step of CLIP-L and an LLM takes on each GPU with DeepSpeed's ZeRO in bfloat16, how many "
+    "sequences fit, and what is sent. Counted, not measured."
+)
+STOCK = "mlp2x_gelu"
 GIB = 2**30
 CLIP_LARGE_PARAMETERS = 304_000_000  # frozen
 PATCHES_PER_SIDE = 336 // 14
@@ -148,7 +157,7 @@ def plan(
 
 def _projector(type_string: str, llm: Llm) -> tuple[int, int]:
     """Visual tokens of a picture and parameters."""
-    if type_string == "mlp2x_gelu":
+    if type_string == STOCK:
         return PATCHES_PER_SIDE**2, 1024 * llm.width + llm.width**2 + 2 * llm.width
     with torch.device("meta"):
         projector = build_projector(type_string, 1024, llm.width)
@@ -166,3 +175,40 @@ def print_plan(plans: list[Plan]) -> None:
         sizes = (f"{p.resident / GIB:.1f}", f"{p.per_sample / GIB:.2f}", str(p.batch), f"{p.sent / GIB:.1f}")
         rows.append((p.type_string, str(p.tokens), str(p.positions), *sizes))
     print_columns(rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors plan`."""
+    parser.add_argument("--type", action="append", help="a type string, may be repeated (saep and tokenpacker)")
+    parser.add_argument("--llm", choices=list(LLMS), default="7b", help="(%(default)s)")
+    parser.add_argument("--gpus", type=at_least(1), default=8, help="over all nodes (%(default)s)")
+    parser.add_argument("--memory", type=positive, default=80, help="of one GPU, in 10**9 bytes (%(default)s)")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=3, help="stage of ZeRO (%(default)s)")
+    parser.add_argument("--text", type=at_least(0), default=100, help="text tokens of a sequence (%(default)s)")
+    parser.add_argument(
+        "--stage", type=int, choices=[1, 2], default=2, help="1 trains the projector only (%(default)s)"
+    )
+    parser.add_argument("--no-checkpointing", action="store_true", help="without --gradient_checkpointing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan of LLaVA's own projector and of the types asked for."""
+    try:
+        plans = [
+            plan(
+                type_string,
+                LLMS[arguments.llm],
+                gpus=arguments.gpus,
+                memory=int(arguments.memory * 1e9),
+                zero=arguments.zero,
+                text=arguments.text,
+                train_llm=arguments.stage == 2,
+                checkpointing=not arguments.no_checkpointing,
+            )
+            for type_string in [STOCK, *(arguments.type or ["saep", "tokenpacker"])]
+        ]
+    except ProjectorSpecError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_plan(plans)
+    return 0

@@ -142,11 +142,11 @@ def photographs() -> Path:
     """Folder of the photographs of scikit-learn, which is not imported for it: that takes a second, and SciPy.
 
     Raises:
-        ImportError: it is not installed.
+        ModuleNotFoundError: it is not installed.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the photographs come with scikit-learn: pip install scikit-learn")
+        raise ModuleNotFoundError("the photographs come with scikit-learn", name="sklearn")
     return Path(spec.submodule_search_locations[0]) / "datasets" / "images"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -13,6 +15,12 @@ from llava_projectors.commands.show.page import page
 from llava_projectors.commands.show.picture import read_picture
 from llava_projectors.commands.show.view import make_view
 
+DESCRIPTION = (
+    "Writes a PNG: the picture as the model receives it, with its patch grid, and for six visual tokens, or those of "
+    "--token, the patches that went into them: TokenPacker's attention weights, the effective receptive field of other "
+    "types. With --html, or an --output that ends in .html, writes a page in one file instead: pointing at a token "
+    "shows its patches, pointing at a patch the tokens that take it. With --model-path, needs LLaVA."
+)
 PAGE = ".html"
 
 
@@ -70,3 +78,64 @@ def check_target(target: Path, image: Path) -> None:
         raise ValueError(f"--output {target} must end in one of {', '.join(endings)}")
     if target.exists() and image.exists() and target.samefile(image):
         raise ValueError(f"--output {target} would overwrite the picture itself: name another file")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may follow `llava-projectors show`."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture of any size and kind")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--type", help="a type string, with random weights (saep); the picture is cropped to its central square"
+    )
+    weights.add_argument(
+        "--model-path",
+        help="a trained LLaVA checkpoint with one of our projectors; the picture is padded or cropped as it says",
+    )
+    parser.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        choices=(9, 16, 25),
+        help="cut the picture into at most so many tiles (default: as the checkpoint does; else one square)",
+    )
+    parser.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
+    parser.add_argument("--html", action="store_true", help="write a page with every token")
+    parser.add_argument("--output", type=Path, help="file to write (tokens.png; with --html tokens.html)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the maps of visual tokens; status 1 with the reason when they cannot be."""
+    try:
+        target = target_of(arguments)
+        title = show(
+            arguments.image,
+            target,
+            arguments.type,
+            arguments.model_path,
+            arguments.model_base,
+            arguments.token,
+            arguments.tiles,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]  # transformers makes several
+        print(f"cannot show {arguments.image}: {first_line}", file=sys.stderr)
+        return 1
+    print(title)
+    print(f"Written to {target.resolve()}")
+    return 0
+
+
+def target_of(arguments: argparse.Namespace) -> Path:
+    """The file to write.
+
+    Raises:
+        ValueError: two arguments contradict each other.
+    """
+    ending = PAGE if arguments.html else ".png"
+    output = arguments.output or Path("tokens")
+    target = output if output.suffix or output.is_dir() else output.with_name(output.name + ending)
+    if arguments.html and target.suffix.lower() not in ("", PAGE):
+        raise ValueError(f"--html writes a page, and --output {target} is none")
+    if arguments.model_base is not None and arguments.model_path is None:
+        raise ValueError("--model-base belongs to a --model-path")
+    return target
