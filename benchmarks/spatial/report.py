@@ -12,15 +12,25 @@ from adjustText import adjust_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from benchmarks.spatial import cost
+from benchmarks.spatial import cost, vision
 from benchmarks.spatial.probe import WHAT
 from benchmarks.spatial.questions import FAMILIES, POSITION_FAMILIES
-from benchmarks.spatial.study import DEPTH, RATE, STUDIES, from_hex, kind
+from benchmarks.spatial.scenes import NUM_PATCHES_PER_SIDE
+from benchmarks.spatial.study import DEEP_SAEP, DEPTH, PLAIN_SAEP, RATE, STUDIES, TEST, from_hex, kind
 from benchmarks.speed.models import STOCK
+from llava_projectors import registry
+from llava_projectors.spec import format_value
 
 DRAWS = 2000
 OURS = ("saep", "tokenpacker")
+# What plots call a form of SAEP, whose type string is long; other forms are named by what differs from the nearest.
+FORMS = {"saep": "saep", "plain saep": PLAIN_SAEP, "deep saep": DEEP_SAEP}
+# Options that a panel, a row's number of tokens, or the tower decides.
+DECIDED = ("stride", "scale_factor", "num_queries")
+# A colour for the full grid, for a quarter and for a ninth of the tokens.
+COLOURS = {1: "0.35", 4: "C0", 9: "C1"}
 Interval = tuple[float, float, float]  # estimate, lower and upper end of the 95 % interval
 
 # What is averaged: every family by itself, all of them, and those about position.
@@ -223,22 +233,70 @@ def _points(interval: Interval) -> str:
     return f"{estimate:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def short_name(name: str) -> str:
+    """What a plot calls a type: without the options that say its number of tokens, SAEP by the nearest of `FORMS`."""
+    if name == STOCK:
+        return name
+    candidates = FORMS if kind(name) == "saep" else {kind(name): kind(name)}
+    options = _options(name)
+    differing = {
+        form: [f"{key}={format_value(options[key])}" for key, value in _options(own).items() if options[key] != value]
+        for form, own in candidates.items()
+    }
+    nearest = min(differing, key=lambda form: len(differing[form]))
+    return ", ".join([nearest, *differing[nearest]])
+
+
+def _options(name: str) -> dict[str, Any]:
+    """Of a type, what makes a difference between rows of one plot; layers as they are on the study's tower."""
+    resolved = registry.resolve(name)
+    options = {key: value for key, value in resolved.options.items() if key not in DECIDED}
+    if "layers" in options:
+        options["layers"] = options["layers"] or tuple(resolved.cls.default_layers(vision.SELECTED))
+    return options
+
+
+def _colour(results: Results, name: str) -> str:
+    """Of a number of tokens: the same in every panel of every plot."""
+    return COLOURS[round(NUM_PATCHES_PER_SIDE**2 / results.tokens[name])]
+
+
+def _split_name(split: str) -> str:
+    return "test" if split == TEST else split
+
+
 def _plot(found: Sequence[Results], target: Path) -> None:
     """Accuracy with intervals, a row of panels per study."""
-    heights = [max(2.4, 0.3 * len(results.types) + 1) for results in found]
-    size = (2.1 * len(METRICS) + 2, sum(heights))
+    heights = [0.26 * len(results.types) + 1.1 for results in found]
+    size = (1.7 * len(METRICS) + 4.5, sum(heights) + 0.6)
     figure, axes = pyplot.subplots(
-        len(found), len(METRICS), squeeze=False, figsize=size, height_ratios=heights, layout="constrained", sharey="row"
+        len(found),
+        len(METRICS),
+        squeeze=False,
+        figsize=size,
+        height_ratios=heights,
+        layout=ConstrainedLayoutEngine(h_pad=0.2),
+        sharey="row",
     )
     for panels, results in zip(axes, found):
         for axis, name in zip(panels, METRICS):
             _dots(axis, results, name)
-        labels = [f"{name}, {results.tokens[name]}" for name in results.types]
-        panels[0].set_yticks(range(len(labels)), labels)
+        labels = [f"{short_name(name)} ({results.tokens[name]})" for name in results.types]
+        panels[0].set_yticks(range(len(labels)), labels, fontsize=10)
         panels[0].invert_yaxis()
-        panels[0].set_ylabel(f"{results.study}\n({results.split} split)")
-    figure.suptitle("Answers that are right, % (dots: mean of the seeds; bars: 95 % interval; line: the first type)")
-    figure.savefig(target, dpi=80)
+        heading = f"{results.study}, {_split_name(results.split)} split"
+        above = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 22), "textcoords": "offset points"}
+        # Its width is none of the first panel's.
+        panels[0].annotate(heading, **above, fontsize=12, weight="bold").set_in_layout(False)
+    figure.suptitle(
+        "Right answers, %, by family of questions. Dots: mean of the seeds; bars: 95 % interval; "
+        "grey line: the first type.\nIn brackets the visual tokens; "
+        "grey: the full grid, blue: a quarter of its tokens, orange: a ninth.\n"
+        "Plain saep: no blocks, no norm of the layers, the mean of each region, four layers. "
+        "Deep saep: four blocks on each side of the stride, no norm, the mean, one layer.",
+        fontsize=11,
+    )
+    figure.savefig(target, dpi=90)
     pyplot.close(figure)
 
 
@@ -247,42 +305,55 @@ def _plot_trade(results: Results, times: cost.Times, target: Path) -> None:
     what, batch = cost.MEASURES[-1]
     whole = max(results.tokens.values())
     counts = sorted(set(results.tokens.values()) - {whole}, reverse=True)
-    size = (5 * len(counts) + 1, 8)
     figure, axes = pyplot.subplots(
-        2, len(counts), squeeze=False, figsize=size, sharey="row", sharex=True, layout="constrained"
+        2,
+        len(counts),
+        squeeze=False,
+        figsize=(6 * len(counts) + 1, 10),
+        sharey="row",
+        sharex=True,
+        layout="constrained",
     )
-    labels, explained = _labels(results.types)
-    for row, metric in zip(axes, ("all", "position")):
+    titles = {"all": "all questions", "position": "questions about position"}
+    for row, (metric, title) in zip(axes, titles.items()):
         for axis, count in zip(row, counts):
             names = [name for name in results.types if results.tokens[name] in (count, whole)]
             points = [
                 (times[cost.in_7b(name), what, batch][0], *results.accuracy(name, metric), name) for name in names
             ]
-            _trade(axis, points, labels)
-            axis.set_title(f"{metric}, {count} of {whole} visual tokens", fontsize=9)
-    figure.suptitle("\n".join(explained), size=8)
+            _trade(axis, points)
+            axis.set_title(f"{title}: {count} visual tokens, {STOCK} {whole}", fontsize=11)
     figure.supxlabel(
-        f"time of the projector in LLaVA-1.5 7B ({what}, batch {batch}) as a part of {STOCK}'s, on {cost.machine()}"
+        f"time of the projector in LLaVA-1.5 7B ({what}, batch {batch}), {STOCK} = 1, on {cost.machine()}", fontsize=11
     )
-    figure.supylabel(f"answers that are right, %, {results.split} split (bars: 95 % interval)")
+    figure.supylabel(f"right answers, %, {_split_name(results.split)} split (bars: 95 % interval)", fontsize=11)
     figure.draw_without_rendering()  # which labels cover each other depends on the layout
     numpy.random.seed(0)  # adjust_text moves them at random at first
     line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6}
     for axis in axes.flat:
-        adjust_text(list(axis.texts), ax=axis, expand=(1.25, 1.6), arrowprops=line, iter_lim=500)
+        bars = [end for bar in axis.containers for end in bar.lines[2][0].get_segments()[0]]
+        adjust_text(
+            list(axis.texts),
+            x=[x for x, _ in bars],
+            y=[y for _, y in bars],
+            ax=axis,
+            expand=(1.2, 1.5),
+            arrowprops=line,
+            iter_lim=1000,
+        )
     figure.savefig(target, dpi=90)
     pyplot.close(figure)
 
 
-def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]], labels: dict[str, str]) -> None:
+def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
     """Draw one panel, whose labels may cover each other until they are moved."""
     frontier: list[tuple[float, float]] = []
     for time, *interval, name in sorted(points):
         estimate, low, high = (100 * value for value in interval)
         spread = [[estimate - low], [high - estimate]]
-        colour = f"C{int(kind(name) in OURS)}"
-        axis.errorbar(time, estimate, spread, fmt="o", markersize=4, color=colour, alpha=0.8)
-        axis.text(time, estimate, labels[name], size=8, color=colour)
+        colour = "0.35" if name == STOCK else f"C{int(kind(name) in OURS)}"
+        axis.errorbar(time, estimate, spread, fmt="s" if name == STOCK else "o", markersize=5, color=colour, alpha=0.8)
+        axis.text(time, estimate, trade_name(name), size=10, color=colour)
         if not frontier or estimate > frontier[-1][1]:
             frontier.append((time, estimate))
     axis.plot(*zip(*frontier), color="0.6", linewidth=0.8, zorder=0)
@@ -291,27 +362,17 @@ def _trade(axis: Any, points: Sequence[tuple[float, float, float, float, str]], 
     axis.margins(x=0.15)
 
 
-def _labels(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """For each type its kind, with a letter for options that neither panel nor tower decides; what letters mean."""
-    decided = ("stride=", "scale_factor=", "num_queries=", "layers=")
-    labels: dict[str, str] = {}
-    letters: dict[str, str] = {}
-    for name in names:
-        options = [option for option in name.partition(":")[2].split(",") if option and not option.startswith(decided)]
-        labels[name] = kind(name)
-        if options:
-            explained = f"{kind(name)}: {', '.join(options)}"
-            labels[name] += f" {letters.setdefault(explained, chr(ord('a') + len(letters)))}"
-    return labels, [f"{letter}, {explained}" for explained, letter in letters.items()]
+def trade_name(name: str) -> str:
+    """`short_name`, without the layers, which the tower decides."""
+    return ", ".join(part for part in short_name(name).split(", ") if not part.startswith("layers="))
 
 
 def _dots(axis: Any, results: Results, metric: str) -> None:
-    shades = {tokens: f"C{number}" for number, tokens in enumerate(sorted(set(results.tokens.values()), reverse=True))}
     for place, name in enumerate(results.types):
         estimate, low, high = (100 * value for value in results.accuracy(name, metric))
         spread = [[estimate - low], [high - estimate]]
-        axis.errorbar(estimate, place, xerr=spread, fmt="o", markersize=4, color=shades[results.tokens[name]])
+        axis.errorbar(estimate, place, xerr=spread, fmt="o", markersize=4, color=_colour(results, name))
         if place == 0:
             axis.axvline(estimate, color="0.6", linewidth=0.8)
-    axis.set_title(metric, fontsize=9)
-    axis.tick_params(labelsize=8)
+    axis.set_title(metric, fontsize=10)
+    axis.tick_params(labelsize=9)
