@@ -17,8 +17,8 @@ from llava_projectors import build_projector
 from llava_projectors.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("patches/*.md")]
+BENCHMARKS = "".join((ROOT / "benchmarks" / name).read_text() for name in ("README.md", "speed/README.md"))
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/README.md"), *ROOT.glob("patches/*.md")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

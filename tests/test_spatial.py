@@ -606,7 +606,7 @@ def test_saep_leads_as_documents_say(stride):
 
 def test_documents_say_what_the_harder_scale_found():
     rows = read_rows(command.RESULTS / "spatial-medium.csv", "stage1_loss")
-    text = (command.RESULTS.parent / "README.md").read_text().partition("### The harder scale")[2]
+    text = (command.RESULTS.parent / "spatial" / "README.md").read_text().partition("## The harder scale")[2]
     probed = {(row["type"], row["family"]): float(row["accuracy"]) for row in rows if row["study"] == study.DEPTH}
 
     def falls(what):
@@ -650,7 +650,7 @@ def test_saep_leads_at_the_harder_scale(stride):
     for other in {name for name in results.types if results.tokens[name] >= results.tokens[best]} - both:
         for metric in ("all", "position", "detail"):
             assert results.difference(best, other, metric)[1] > 0, (other, metric)
-    text = (command.RESULTS.parent / "README.md").read_text().partition("### The harder scale")[2]
+    text = (command.RESULTS.parent / "spatial" / "README.md").read_text().partition("## The harder scale")[2]
     leads = [
         "{:.1f} ({:.1f} to {:.1f})".format(
             *(100 * value for value in results.difference(best, study.with_stride(study.STF, stride), metric))
@@ -672,7 +672,7 @@ def test_documents_say_what_the_options_gave():
     def points(name, other):
         return 100 * results.difference(name, other, "all")[0]
 
-    text = (command.RESULTS.parent / "README.md").read_text()
+    text = (command.RESULTS.parent / "spatial" / "README.md").read_text()
     letters = [percent(study.with_options(name, stride=s), "detail") for s in (None, 3) for name in (plain, with_max)]
     assert "from {} % to {} % with a quarter of the tokens and from {} % to {} % with a ninth".format(*letters) in text
     assert percent(deepest) == percent(study.with_stride(deepest, 3))
@@ -696,7 +696,7 @@ def test_documents_say_what_the_finalists_gave():
     rows = [row for row in read_rows(command.RESULTS / "spatial.csv", "stage1_loss") if row["study"] == "finalists"]
     results = report.Results(rows, "finalists")
     assert {len(results.correct[name]["relative"]) for name in results.types} == {3}
-    text = (command.RESULTS.parent / "README.md").read_text()
+    text = (command.RESULTS.parent / "spatial" / "README.md").read_text()
     text = text.partition("**What was chosen on validation**")[2].partition("\n- ")[0]
     half = len(results.types) // 2
     for both in zip(results.types[:half], results.types[half:]):
@@ -727,7 +727,7 @@ def test_documents_say_what_small_widths_want():
     def percent(name, metric="all"):
         return f"{100 * results.accuracy(name, metric)[0]:.1f} %"
 
-    text = (command.RESULTS.parent / "README.md").read_text()
+    text = (command.RESULTS.parent / "spatial" / "README.md").read_text()
     points = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * p for p in results.difference(more_heads, published, "all")))
     assert f"{percent(more_heads)} instead of {percent(published)}, which is {points} points more" in text
     absolute = [percent(name, "absolute") for name in (more_heads, published)]

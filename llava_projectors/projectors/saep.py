@@ -41,7 +41,7 @@ class SAEP(Projector):
     alone tells a token only how near the border it is; `readout_size`: at stride 2 nearly half
     of all operations are there.
 
-    The defaults were chosen in a study on a controlled task, at two scales (benchmarks/README.md).
+    The defaults were chosen in a study on a controlled task, at two scales (benchmarks/spatial/README.md).
     There they are ahead of every other type of this package, and of the convolution alone, without
     blocks and norm of the layers and with the mean in place of the largest value.
 
