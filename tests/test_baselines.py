@@ -24,6 +24,31 @@ def gelu(x):
     return x * torch.special.ndtr(x)
 
 
+def positions(side, channels):
+    """Sines and cosines of the row, then of the column, number by number: [side*side, channels], float64."""
+    quarter = math.ceil(channels / 4)
+    found = torch.zeros(side * side, 4 * quarter, dtype=torch.float64)
+    for row in range(side):
+        for column in range(side):
+            for k in range(quarter):
+                frequency = 2 * math.pi * 64 ** (k / max(1, channels // 4))
+                for half, place in enumerate((row, column)):
+                    angle = frequency * (place + 0.5) / side
+                    found[row * side + column, 2 * half * quarter + k] = math.sin(angle)
+                    found[row * side + column, (2 * half + 1) * quarter + k] = math.cos(angle)
+    return found[:, :channels]
+
+
+@pytest.mark.parametrize(("side", "channels"), [(1, 4), (3, 8), (5, 10), (4, 3)])
+def test_sine_positions(side, channels):
+    for dtype in (torch.float32, torch.bfloat16):
+        found = sine_positions(side, torch.zeros(2, channels, dtype=dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), positions(side, channels).to(dtype).float(), atol=1e-2, rtol=0)
+        if dtype == torch.float32:
+            torch.testing.assert_close(found.double(), positions(side, channels), atol=2e-5, rtol=0)
+
+
 def mlp(w, name, x):
     return linear(w, f"{name}.2", gelu(linear(w, f"{name}.0", x)))
 
@@ -90,11 +115,11 @@ def c_abstractor(p, w, x):
 
 def resampler(p, w, x):
     patches = norm(w, "norm_patches", linear(w, "embed", x.flatten(1, 2)))
-    queries = norm(w, "norm_queries", w["queries"]) + sine_positions(p.query_side, w["queries"])
+    queries = norm(w, "norm_queries", w["queries"]) + positions(p.query_side, w["queries"].shape[-1])
     names = ("to_query", "to_key", "to_value")
     out, _ = F.multi_head_attention_forward(
         queries[:, None].expand(-1, len(x), -1),
-        (patches + sine_positions(x.shape[1], patches)).transpose(0, 1),
+        (patches + positions(x.shape[1], patches.shape[-1])).transpose(0, 1),
         patches.transpose(0, 1),
         p.hidden_size, p.num_heads, None, torch.cat([w[f"{n}.bias"] for n in names]), None, None, False, 0.0,
         w["merge.weight"], w["merge.bias"], use_separate_proj_weight=True,
@@ -159,7 +184,7 @@ def delta(p, w, x):
     image = F.pad(x[..., -width:].permute(0, 3, 1, 2), (0, -side % s, 0, -side % s), mode="replicate")
     count = math.ceil(side / s)
     coarse = block(F.interpolate(image, size=(count, count), mode="bilinear").permute(0, 2, 3, 1)).flatten(1, 2)
-    query = project("to_query", coarse + sine_positions(count, coarse))
+    query = project("to_query", coarse + positions(count, coarse.shape[-1]))
     key, value = project("to_key", x), project("to_value", x)
     in_weight, in_bias = w["attend.in_proj_weight"].chunk(3), w["attend.in_proj_bias"].chunk(3)
     tokens = []
