@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llava_projectors import projectors
 from llava_projectors.projectors import registration
 from llava_projectors.projectors.base import Projector
@@ -23,6 +25,7 @@ from llava_projectors.spec import (
     KIND,
     PREFIX,
     Option,
+    Options,
     ProjectorSpec,
     ProjectorSpecError,
     base_name,
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "llava_projectors"
 # In a checkpoint's config, beside the type string: the value of every option, whatever the defaults become.
 OPTIONS_SETTING = "mm_projector_options"
+# The one option whose meaning depends on the vision tower: its numbers may count from the tower's end.
+LAYERS = "layers"
 
 
 def list_projectors() -> list[str]:
@@ -128,11 +133,13 @@ class ResolvedSpec:
         type_string: as the user or the checkpoint wrote it.
         cls: the projector class.
         options: keyword arguments for the class; None where the class derives the value.
+        given: those of them that the type string itself gives.
     """
 
     type_string: str
     cls: type[Projector]
-    options: dict[str, Any]
+    options: Options
+    given: Options
 
     def same_projector(self, other: ResolvedSpec) -> bool:
         """Whether both describe the same module, however they are written."""
@@ -142,6 +149,15 @@ class ResolvedSpec:
         """The module, with fresh weights."""
         with _quoting(self.type_string):
             return self.cls(mm_hidden_size, hidden_size, **self.options)
+
+    def build_empty(self, mm_hidden_size: int, hidden_size: int) -> Projector:
+        """The module without storage, to ask for its shapes; with, where its constructor looks at numbers."""
+        try:
+            with torch.device("meta"):
+                return self.build(mm_hidden_size, hidden_size)
+        except (RuntimeError, NotImplementedError, TypeError):
+            with torch.random.fork_rng(devices=[]):
+                return self.build(mm_hidden_size, hidden_size)
 
     def output_side(self, side: int) -> int:
         """Side of the grid of visual tokens for a grid of `side` x `side` patches."""
@@ -179,20 +195,34 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
     recorded = cls.options_from_record(_record(spec.name, type_string, config, known))
     options = {}
     for option in known.values():
-        given, kept = spec.options.get(option.name), recorded.get(option.name)
-        if kept is not None:
-            kept = option.parse(format_value(kept), type_string, f"{OPTIONS_SETTING} of the config.json, for {KIND}")
-        from_config = getattr(config, option.name, None) if option.name in cls.config_options else None
-        if given is not None and kept is not None and not _agree(given, kept):
-            raise ProjectorSpecError(
-                f"projector type {type_string!r} has {option.name}={format_value(given)}, but the checkpoint was "
-                f"trained with {option.name}={format_value(kept)} ({OPTIONS_SETTING} in its config.json)"
-            )
-        value = given if kept is None else kept
-        if value is None and from_config is not None:
-            value = option.parse(str(from_config), type_string)
-        options[option.name] = option.default if value is None else value
-    return ResolvedSpec(type_string, cls, options)
+        if option.name in recorded:
+            options[option.name] = _as_recorded(option, recorded[option.name], spec, type_string)
+        elif option.name in spec.options:
+            options[option.name] = spec.options[option.name]
+        else:
+            options[option.name] = _from_config(option, cls, config, type_string)
+    return ResolvedSpec(type_string, cls, Options(options), Options(spec.options))
+
+
+def _as_recorded(option: Option, kept: Any, spec: ProjectorSpec, type_string: str) -> Any:
+    """The value that a checkpoint was trained with, unless the type string says another one."""
+    kept = option.check(kept, type_string, f"{OPTIONS_SETTING} of the config.json, for {KIND}")
+    if option.name not in spec.options:
+        return kept
+    given = spec.options[option.name]
+    if not _agree(option.name, given, kept):
+        raise ProjectorSpecError(
+            f"projector type {type_string!r} has {option.name}={format_value(given)}, but the checkpoint was "
+            f"trained with {option.name}={format_value(kept)} ({OPTIONS_SETTING} in its config.json)"
+        )
+    return given if kept is None else kept
+
+
+def _from_config(option: Option, cls: type[Projector], config: Any, type_string: str) -> Any:
+    """What LLaVA's config says of an option that its class takes from there, else the default."""
+    value = getattr(config, option.name, None) if option.name in cls.config_options else None
+    # Released configs hold some numbers as texts.
+    return option.default if value is None else option.parse(str(value), type_string)
 
 
 def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
@@ -208,7 +238,7 @@ def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
     known = registration.options[spec.name]
     kept = registration.classes[spec.name].options_from_record(recorded)
     now = resolve(type_string).options
-    if all(_agree(value, kept.get(name, value)) for name, value in now.items() if value is not None):
+    if all(_agree(name, value, kept.get(name, value)) for name, value in now.items() if value is not None):
         return type_string
     differing = {name: value for name, value in kept.items() if name in known and value != known[name].default}
     return str(ProjectorSpec(spec.name, dict(sorted(differing.items()))))
@@ -234,9 +264,13 @@ def _record(name: str, type_string: str, config: Any, known: Mapping[str, Option
     return recorded
 
 
-def _agree(given: Any, kept: Any) -> bool:
-    """Whether a typed option is the recorded one; layers counted from the end are compared in `resolve_layers`."""
-    return given == kept or (isinstance(given, tuple) and min(given) < 0)
+def _agree(name: str, given: Any, kept: Any) -> bool:
+    """Whether a typed option is the recorded one.
+
+    Layers counted from the end are compared in `resolve_layers`, which knows the tower. A record without
+    layers is of a tower that has no hidden states to choose from.
+    """
+    return given == kept or (name == LAYERS and (kept is None or min(given, default=0) < 0))
 
 
 def forms() -> Iterator[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Optional
 
 # Before a name, it says that ours is meant where a fork has a type of the same name.
@@ -20,6 +20,33 @@ KIND = "projector type"
 
 class ProjectorSpecError(ValueError):
     """A projector's type string, or an option in it, cannot be used; the message says what can."""
+
+
+class Options(Mapping[str, Any]):
+    """Options with their values, which nobody changes: hashable, equal to a dict of the same, lists made tuples.
+
+    Example:
+        >>> Options({"stride": 3, "layers": [6, 12]})
+        {'stride': 3, 'layers': (6, 12)}
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
@@ -36,11 +63,33 @@ class ProjectorSpec:
     """
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = Options({})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", Options(self.options))
 
     def __str__(self) -> str:
         pairs = ",".join(f"{key}={format_value(value)}" for key, value in self.options.items())
         return f"{self.name}:{pairs}" if pairs else self.name
+
+
+@dataclass(frozen=True)
+class Values:
+    """What may stand for an option.
+
+    Attributes:
+        expects: what a value looks like, in words.
+        convert: text to value; raises ValueError.
+        hold: whether a value is of the declared type.
+        choices: the only values allowed, or () for all that hold.
+        or_none: whether the annotation is Optional.
+    """
+
+    expects: str
+    convert: Callable[[str], Any]
+    hold: Callable[[Any], bool]
+    choices: tuple[Any, ...] = ()
+    or_none: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,32 +99,43 @@ class Option:
     Attributes:
         name: the parameter's name.
         default: the value when the type string gives none; None stands for "derived".
-        choices: the only values allowed, or () for any that converts.
-        expects: what a value looks like, in words.
-        convert: text to value; raises ValueError.
+        values: what its values are, in a type string and in a checkpoint's record.
     """
 
     name: str
     default: Any
-    choices: tuple[Any, ...]
-    expects: str
-    convert: Callable[[str], Any]
+    values: Values
 
     def parse(self, text: str, type_string: str, kind: str = KIND) -> Any:
         """The value that `text` stands for; errors quote `type_string` and call it a `kind`."""
         try:
-            value = self.convert(text)
+            value = self.values.convert(text)
         except ValueError:
-            raise ProjectorSpecError(
-                f"bad value {text!r} for option {self.name!r} in {kind} {type_string!r}: expected {self.expects}"
-            ) from None
-        if self.choices and value not in self.choices:
-            valid = ", ".join(map(format_value, self.choices))
-            raise ProjectorSpecError(
-                f"bad value {text!r} for option {self.name!r} in {kind} {type_string!r}: "
-                f"valid values are {valid}{suggest(text, map(format_value, self.choices))}"
-            )
+            raise self._error(text, type_string, kind, f"expected {self.values.expects}") from None
+        return self._chosen(value, text, type_string, kind)
+
+    def check(self, value: Any, type_string: str, kind: str = KIND) -> Any:
+        """The value, where `parse` takes a text, if it is of the declared type, or None where None may stand.
+
+        Raises:
+            ProjectorSpecError: as `parse`.
+        """
+        if value is None and (self.default is None or self.values.or_none):
+            return None
+        if not self.values.hold(value):
+            raise self._error(value, type_string, kind, f"expected {self.values.expects}")
+        return self._chosen(value, value, type_string, kind)
+
+    def _chosen(self, value: Any, written: Any, type_string: str, kind: str) -> Any:
+        choices = self.values.choices
+        if choices and value not in choices:
+            shown = [format_value(choice) for choice in choices]
+            hint = f"valid values are {', '.join(shown)}{suggest(str(written), shown)}"
+            raise self._error(written, type_string, kind, hint)
         return value
+
+    def _error(self, written: Any, type_string: str, kind: str, hint: str) -> ProjectorSpecError:
+        return ProjectorSpecError(f"bad value {written!r} for option {self.name!r} in {kind} {type_string!r}: {hint}")
 
 
 def format_value(value: Any) -> str:
@@ -158,25 +218,29 @@ def declared_options(cls: type) -> dict[str, Option]:
         where = f"option {parameter.name!r} of {cls.__qualname__}"
         if parameter.default is inspect.Parameter.empty:
             raise TypeError(f"{where} needs a default")
-        choices, expects, convert = _reader(hints.get(parameter.name, str), where)
-        options[parameter.name] = Option(parameter.name, parameter.default, choices, expects, convert)
+        values = _values(hints.get(parameter.name, str), where)
+        options[parameter.name] = Option(parameter.name, parameter.default, values)
     return options
 
 
-def _reader(hint: Any, where: str) -> tuple[tuple[Any, ...], str, Callable[[str], Any]]:
+def _values(hint: Any, where: str) -> Values:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if type(None) in arguments:
         inner = [argument for argument in arguments if argument is not type(None)]
         if len(inner) == 1:
-            return _reader(inner[0], where)
+            return replace(_values(inner[0], where), or_none=True)
     elif origin is typing.Literal:
-        convert = _READERS[type(arguments[0])][1]
-        return arguments, "one of " + ", ".join(map(format_value, arguments)), convert
-    elif origin is tuple and arguments[1:] == (Ellipsis,) and arguments[0] in _READERS:
-        expects, convert = _READERS[arguments[0]]
-        return (), f"{expects}, or several joined by '+'", lambda text: tuple(map(convert, text.split("+")))
-    elif hint in _READERS:
-        return ((), *_READERS[hint])
+        expects = "one of " + ", ".join(map(format_value, arguments))
+        return replace(_PLAIN[type(arguments[0])], expects=expects, choices=arguments)
+    elif origin is tuple and arguments[1:] == (Ellipsis,) and arguments[0] in _PLAIN:
+        item = _PLAIN[arguments[0]]
+        return Values(
+            f"{item.expects}, or several joined by '+'",
+            lambda text: tuple(map(item.convert, text.split("+"))),
+            lambda value: isinstance(value, tuple) and all(map(item.hold, value)),
+        )
+    elif hint in _PLAIN:
+        return _PLAIN[hint]
     raise TypeError(
         f"{where} is annotated {hint!r}; a type string can give int, float, bool, str, "
         "Literal[...], tuple[int, ...] or Optional of these"
@@ -190,9 +254,9 @@ def _read_bool(text: str) -> bool:
     return word == "true"
 
 
-_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
-    int: ("a whole number", int),
-    float: ("a number", float),
-    bool: ("true or false", _read_bool),
-    str: ("a word", str),
+_PLAIN: dict[Any, Values] = {
+    int: Values("a whole number", int, lambda value: type(value) is int),  # True is an int as well
+    float: Values("a number", float, lambda value: type(value) in (int, float)),
+    bool: Values("true or false", _read_bool, lambda value: isinstance(value, bool)),
+    str: Values("a word", str, lambda value: isinstance(value, str)),
 }

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, Optional
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import llava_projectors
 from llava_projectors import ProjectorSpecError, ProjectorWeightsError, registry
 from llava_projectors.integration import weights
+from llava_projectors.projectors import registration
 from llava_projectors.projectors.saep import SAEP
 
 OPTIONS = {
@@ -133,9 +135,51 @@ def test_a_type_string_that_contradicts_the_record_is_an_error():
         registry.resolve("saep", config(mm_projector_options=["a"]))
     with pytest.raises(ProjectorSpecError, match="'wide' for option 'stride' in mm_projector_options of the config"):
         registry.resolve("saep", config(mm_projector_options={**OPTIONS, "stride": "wide"}))
+    with pytest.raises(ProjectorSpecError, match="bad value True for option 'stride' in mm_projector_options"):
+        registry.resolve("saep", config(mm_projector_options={**OPTIONS, "stride": True}))
+    with pytest.raises(ProjectorSpecError, match="has dilations=-3, but the checkpoint .* dilations=1 "):
+        registry.resolve("saep:dilations=-3", config())
     newer = config(mm_projector_options={**OPTIONS, "colour": 1})
     with pytest.raises(ProjectorSpecError, match="mm_projector_options has colour, which this version does not know"):
         registry.resolve("saep", newer)
+
+
+def test_every_value_of_an_option_comes_back(monkeypatch):
+    """Also those that no type string can give, and None where the default has become something else."""
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
+
+    def define(norm, widths):
+        @llava_projectors.register_projector("anything")
+        class Anything(llava_projectors.Projector):
+            def __init__(
+                self,
+                mm_hidden_size,
+                hidden_size,
+                *,
+                norm: Optional[Literal["layer", "rms"]] = norm,
+                widths: tuple[int, ...] = widths,
+                names: tuple[str, ...] = ("a",),
+                ratio: float = 0.5,
+                bias: bool = True,
+                act: str = "gelu",
+            ):
+                super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+        return Anything
+
+    record = {"norm": None, "widths": [], "names": ["b", "c"], "ratio": 1, "bias": False, "act": "2"}
+    kept = SimpleNamespace(mm_projector_type="anything", mm_projector_options=json.loads(json.dumps(record)))
+    for default in (None, "layer"):
+        define(default, (1, 2))
+        options = registry.resolve("anything", kept).options
+        assert options == {**record, "widths": (), "names": ("b", "c")}
+        with pytest.raises(ProjectorSpecError, match="has norm=rms, but the checkpoint was trained with norm=None"):
+            registry.resolve("anything:norm=rms", kept)
+    for name, value in {"norm": "batch", "widths": 3, "names": [1], "ratio": "x", "bias": 0, "act": 2}.items():
+        kept.mm_projector_options = {**record, name: value}
+        with pytest.raises(ProjectorSpecError, match=f"for option '{name}' in mm_projector_options of the config"):
+            registry.resolve("anything", kept)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Type strings, the registry, and the errors that users read."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -107,6 +109,25 @@ def test_options_come_from_the_signature(clean_registry):
     with pytest.raises(lp.ProjectorSpecError, match="bad value 'yes' for option 'bias'.*true or false"):
         lp.parse_spec("every_kind:bias=yes")
     assert "every_kind" in lp.list_projectors()
+
+
+def test_specs_are_values():
+    """Equal ones have one hash, whatever the order, and nothing in them can be changed."""
+    spec = lp.parse_spec("saep:layers=6+12,stride=3")
+    same = lp.ProjectorSpec("saep", {"stride": 3, "layers": [6, 12]})
+    assert spec == same
+    assert hash(spec) == hash(same)
+    assert len({spec, same, lp.parse_spec("saep"), lp.ProjectorSpec("saep")}) == 2
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        spec.options["stride"] = 99
+    given = {"stride": 3}
+    kept = lp.ProjectorSpec("saep", given)
+    given["stride"] = 99
+    assert kept.options == {"stride": 3}
+    resolved = registry.resolve("saep:stride=3")
+    assert hash(resolved) == hash(registry.resolve("saep:stride=3"))
+    for value in (spec, resolved):  # they travel with a pickled tower
+        assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
 
 
 def test_registering_refuses_what_would_surprise(clean_registry):

@@ -73,7 +73,7 @@ def describe_type(name: str) -> dict[str, Any]:
     options = registry.projector_options(name)
     resolved = registry.resolve(name)
     key = resolved.cls.stride_option
-    strides = options[key].choices if key in options else ()
+    strides = options[key].values.choices if key in options else ()
     type_strings = [f"{name}:{key}={stride}" for stride in strides] or [name]
     counts = [(t, registry.resolve(t).output_side(NUM_PATCHES_PER_SIDE) ** 2) for t in type_strings]
     return {
@@ -86,8 +86,8 @@ def describe_type(name: str) -> dict[str, Any]:
             {
                 "name": option.name,
                 "default": "auto" if option.default is None else format_value(option.default),
-                "choices": [format_value(choice) for choice in option.choices],
-                "expects": option.expects,
+                "choices": [format_value(choice) for choice in option.values.choices],
+                "expects": option.values.expects,
             }
             for option in options.values()
         ],

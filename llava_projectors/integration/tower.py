@@ -27,7 +27,7 @@ from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SE
 from llava_projectors.integration.image_processor import set_slicing
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import OPTIONS_SETTING, ResolvedSpec, parse_spec
+from llava_projectors.registry import OPTIONS_SETTING, ResolvedSpec
 from llava_projectors.slicing import Slicing, slicing_of
 from llava_projectors.spec import ProjectorSpecError, format_value
 
@@ -438,8 +438,8 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
             f"{prefix}: {shown} must end in hidden state {selected}, which --mm_vision_select_layer "
             f"{select_layer} selects; end the list in {selected} or pass --mm_vision_select_layer {absolute[-1]}"
         )
-    written = parse_spec(resolved.type_string).options.get("layers", layers)
-    asked = tuple(layer % (depth + 1) for layer in written)  # `resolve` cannot count from the end
+    # `resolve` cannot count from the end.
+    asked = tuple(layer % (depth + 1) for layer in resolved.given.get("layers", layers))
     if asked != absolute:
         raise ProjectorSpecError(
             f"{prefix} has layers={format_value(asked)}, counted from 0, but the checkpoint was trained with {shown} "
