@@ -1,15 +1,23 @@
 """Do no harm: a program or model that does not use our types is as it was, in every thread and every fork."""
 
+import gc
+import inspect
 import os
+import random
 import subprocess
 import sys
 import textwrap
+import threading
+import weakref
 from types import SimpleNamespace
 
+import numpy
 import pytest
+import torch
 import warm
 
-from llava_projectors.integration.gate import Package, is_ours
+from llava_projectors.integration import gate
+from llava_projectors.integration.gate import Package, is_ours, our_name
 
 IN_THREADS = """
 import threading, time
@@ -235,10 +243,246 @@ def test_names_that_the_fork_knows_are_the_forks(fork):
     assert out == ["the resampler of the fork", "the ldpv2 of the fork", "SAEP", "Resampler"]
 
 
-def test_the_gate_reads_one_setting():
-    def builder(config):
-        return {"saep": 1}.get(config.mm_projector_type) or config.mm_projector_type == "tokenpacker"
+def package_of(source):
+    """A package whose projector builder is defined by this source."""
+    names = {}
+    exec(HEAD + textwrap.dedent(source), names)
+    package = Package("fork", lambda: None)
+    package.add_builder(names["build_vision_projector"])
+    return package
 
+
+HEAD = """
+import enum, functools, random, re
+from types import SimpleNamespace
+import numpy
+import torch
+from torch import nn
+def build(config):
+    return nn.Linear(config.mm_hidden_size, config.hidden_size)
+def unknown(name):
+    raise ValueError(f"Unknown projector type: {name}")
+"""
+LLAVAS = """
+def build_vision_projector(config, delay_load=False, **kwargs):
+    if config.mm_projector_type == "linear":
+        return build(config)
+    unknown(config.mm_projector_type)
+"""
+# What a builder is like -> its source, and the types that are its own.
+BUILDERS = {
+    "LLaVA's": (LLAVAS, []),
+    "never reads the type, as TokenPacker's": ("def build_vision_projector(config): return build(config)", "all"),
+    "never reads the type and needs a setting": (
+        "def build_vision_projector(config): return nn.Linear(config.hidden_size, config.scale_factor)", "all"),
+    "a default for unknown names": (
+        """
+        def build_vision_projector(config):
+            return nn.Identity() if config.mm_projector_type == "linear" else build(config)
+        """, "all"),
+    "a default that needs a setting": (
+        """
+        def build_vision_projector(config):
+            return build(config) if config.mm_projector_type == "linear" else nn.Linear(config.width, 1)
+        """, "all"),
+    "a default that is loaded from a folder of that name": (
+        """
+        def build_vision_projector(config):
+            return build(config) if config.mm_projector_type == "linear" else open("/no/" + config.mm_projector_type)
+        """, "all"),
+    "a table elsewhere": (
+        """
+        TABLE = SimpleNamespace(kinds={"linear": build, "resampler": build})
+        def build_vision_projector(config): return TABLE.kinds[config.mm_projector_type](config)
+        """, ["resampler"]),
+    "a table, asked with get, and nothing built": (
+        """
+        def build_vision_projector(config):
+            made = {"linear": build, "resampler": build}.get(config.mm_projector_type)
+            return made and made(config)
+        """, ["resampler"]),
+    "a helper with startswith": (
+        """
+        def is_token(name): return name.startswith("tokenp")
+        def build_vision_projector(config):
+            if config.mm_projector_type in ("linear",) or is_token(config.mm_projector_type): return build(config)
+            unknown(config.mm_projector_type)
+        """, ["tokenpacker"]),
+    "a regular expression, with a number behind the name": (
+        """
+        def build_vision_projector(config):
+            if config.mm_projector_type == "linear" or re.fullmatch(r"saep:stride=\\d", config.mm_projector_type):
+                return build(config)
+            unknown(config.mm_projector_type)
+        """, ["saep:stride=3"]),
+    "lower and strip before it compares": (
+        """
+        def build_vision_projector(config):
+            kind = config.mm_projector_type.strip().lower().replace("_", "")
+            if kind in ("linear", "avgpool"): return build(config)
+            unknown(config.mm_projector_type)
+        """, ["avg_pool"]),
+    "an enumeration": (
+        """
+        class Kind(enum.Enum):
+            LINEAR, DELTA = "linear", "delta"
+        def build_vision_projector(config): return Kind(config.mm_projector_type) and build(config)
+        """, ["delta"]),
+    "attributes of a class": (
+        """
+        class Kinds:
+            linear = stf = build
+        def build_vision_projector(config): return getattr(Kinds, config.mm_projector_type)(config)
+        """, ["stf"]),
+    "match": (
+        """
+        def build_vision_projector(config):
+            match config.mm_projector_type:
+                case "linear" | "resampler": return build(config)
+                case other: unknown(other)
+        """, ["resampler"]),
+    "a registry with a decorator, a type that needs a setting": (
+        """
+        KINDS = {"linear": build}
+        def register(name): return lambda f: KINDS.setdefault(name, f)
+        @register("tokenpacker")
+        def packer(config): return nn.Linear(config.hidden_size, config.scale_factor)
+        def build_vision_projector(config):
+            try: return KINDS[config.mm_projector_type](config)
+            except Exception as error: raise ValueError(f"cannot build {config.mm_projector_type}") from error
+        """, ["tokenpacker"]),
+    "a type that ends in nothing where a setting is missing": (
+        """
+        def build_vision_projector(config):
+            if config.mm_projector_type in ("linear", "delta"):
+                try: return nn.Linear(config.hidden_size, 8 if config.mm_projector_type == "linear" else config.width)
+                except AttributeError: return None
+        """, ["delta"]),
+    "a type that computes on real numbers": (
+        """
+        def build_vision_projector(config):
+            if config.mm_projector_type == "stf": return nn.Linear(1, int(torch.ones(1).item()))
+            if config.mm_projector_type == "linear": return build(config)
+            unknown(config.mm_projector_type)
+        """, ["stf"]),
+    "it says no without a name": (
+        """
+        def build_vision_projector(config):
+            if config.mm_projector_type == "linear": return build(config)
+            raise NotImplementedError
+        """, "all"),
+    "it wants an argument more": ("def build_vision_projector(config, tower): return build(config)", "all"),
+    "it ends the program": ("def build_vision_projector(config): raise SystemExit(config.mm_projector_type)", "all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_a_builder_builds_is_its_own(name, monkeypatch):
+    if name == "match" and sys.version_info < (3, 10):
+        pytest.skip("Python 3.9 has no match")
+    said = []
+    monkeypatch.setattr(gate, "log", said.append)
+    source, own = BUILDERS[name]
+    package = package_of(source)
+    asked = ["saep", "saep:stride=3", "tokenpacker", "avg_pool", "resampler", "delta", "stf"]
+    kept = [one for one in asked if not is_ours(SimpleNamespace(mm_projector_type=one), package)]
+    assert kept == (asked if own == "all" else own)
+    for one in asked:
+        assert is_ours(SimpleNamespace(mm_projector_type=f"llava_projectors.{one}"), package)
+        assert our_name(one, package) == (f"llava_projectors.{one}" if one in kept else one)
+    assert len(said) == len(kept)  # one line each, however often it is asked
+    for line, one in zip(said, kept):
+        assert line.startswith(f"{one!r} is left to fork's own projector builder, which ")
+        assert line.endswith(f"; for llava_projectors' own pass --mm_projector_type llava_projectors.{one}")
+
+
+def test_a_package_without_a_projector_builder_keeps_every_name():
+    package = Package("fork", lambda: None)
+    assert not is_ours(SimpleNamespace(mm_projector_type="saep"), package)
+    assert is_ours(SimpleNamespace(mm_projector_type="llava_projectors.saep"), package)
+
+
+def test_asking_leaves_no_trace(capfd):
+    """No number is drawn, nothing is printed, nothing of the size of a real projector is made."""
+    package = package_of("""
+    def build_vision_projector(config):
+        print("building", config.mm_projector_type)
+        made = build(config)
+        made.bias.data = torch.from_numpy(numpy.random.rand(4096) * random.random()) * torch.rand(1, device="cpu")
+        unknown(config.mm_projector_type)
+    """)
+    state = (torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+    assert not is_ours(SimpleNamespace(mm_projector_type="saep"), package)  # it refuses "linear" alike
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert all(numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), state[2]))
+    assert capfd.readouterr().out == ""
+
+
+def test_threads_that_ask_print_and_draw_as_before(capfd):
+    package = package_of(LLAVAS.replace("if config", "print('asked')\n    if config", 1))
+    stdout, answers = sys.stdout, []
+
+    def ask(number):
+        sys.stdout.write(f"<thread {number}>")
+        answers.append(is_ours(SimpleNamespace(mm_projector_type=f"saep:kernel_size={number}"), package))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sys.stdout is stdout
+    assert answers == [True] * 20
+    out = capfd.readouterr().out
+    assert all(f"<thread {number}>" in out for number in range(20))
+
+
+def test_a_builder_that_was_reloaded_is_forgotten():
+    import importlib
+
+    from llava.model.multimodal_projector import builder
+
+    from llava_projectors.integration import seams
+
+    before = weakref.ref(inspect.unwrap(builder.build_vision_projector))
+    assert is_ours(SimpleNamespace(mm_projector_type="saep"), seams._packages["llava"])
+    importlib.reload(builder)
+    gc.collect()
+    assert before() is None
+    assert len(seams._packages["llava"].projector_builders) == 1
+    assert is_ours(SimpleNamespace(mm_projector_type="saep"), seams._packages["llava"])
+
+
+def test_a_builder_that_hands_on_to_another_modules(fork, tmp_path):
+    """The other one is behind our gate as well."""
+    (tmp_path / "myfork" / "model" / "first.py").write_text(
+        "from . import projectors\n"
+        "def build_image_projector(config):\n    return projectors.build_vision_projector(config)\n"
+    )
+    out = fork("""
+    from myfork.model.first import build_image_projector
+    print(build_image_projector(Config('resampler')))
+    print(type(build_image_projector(Config('saep:layers=-1'))).__name__)
+    """)
+    assert out == ["the resampler of the fork", "SAEP"]
+
+
+def test_a_type_that_was_left_to_a_fork_and_that_it_refuses(fork):
+    out = fork("""
+    try:
+        arch.build_vision_projector(Config('resampler:num_queries=4'))
+    except ValueError as error:
+        print(error)
+    """)
+    assert out == [
+        "Unknown projector type: resampler:num_queries=4. 'resampler:num_queries=4' is left to myfork's own projector "
+        "builder, which builds a str; for llava_projectors' own pass --mm_projector_type "
+        "llava_projectors.resampler:num_queries=4"
+    ]
+
+
+def test_the_gate_reads_one_setting():
     class Config:
         def __init__(self, value):
             self.mm_projector_type = value
@@ -246,12 +490,9 @@ def test_the_gate_reads_one_setting():
         def __getattr__(self, name):
             raise RuntimeError(name)
 
-    stock, knowing = Package("llava", lambda: None), Package("fork", lambda: None, [builder])
+    stock = package_of(LLAVAS)
     for value, ours in (("saep", True), ("saep:stride=3", True), ("mlp2x_gelu", False), (None, False), (3, False)):
         assert is_ours(Config(value), stock) is ours
-    assert not is_ours(Config("tokenpacker:scale_factor=3"), knowing)
-    assert is_ours(Config("llava_projectors.tokenpacker"), knowing)
-    assert is_ours(Config("avg_pool"), knowing)
     assert not is_ours(SimpleNamespace(), stock)
     assert not is_ours({"mm_projector_type": "saep"}, stock)
     assert not is_ours(None, stock)

@@ -1,24 +1,21 @@
 """The one gate: whether a model or config is of our types. Nothing else of ours runs before it has said so.
 
-A name that a fork's own builder knows is the fork's. `llava_projectors.NAME` always means ours.
+A bare name is ours only where the package's own projector builder was seen to refuse it. `llava_projectors.NAME`
+always means ours.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from types import CodeType
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from llava_projectors import registry
+from llava_projectors.integration.builders import ProjectorBuilder, is_asking
+from llava_projectors.integration.log import log
 from llava_projectors.spec import PREFIX, base_name
 
 # Where LLaVA and its forks keep the type string, in configs and arguments alike.
 TYPE_SETTING = "mm_projector_type"
-
-Function = Callable[..., Any]
 
 
 @dataclass
@@ -27,17 +24,39 @@ class Package:
 
     Attributes:
         name: that it is imported by.
-        projector_builders: its own functions that build a projector.
         check_patched: raises PatchError unless everything that our types need is patched.
+        projector_builders: its own functions that build a projector.
+        said: types of which a line has said that they are left to the package.
     """
 
     name: str
     check_patched: Callable[[], None]
-    projector_builders: list[Function] = field(default_factory=list)
+    projector_builders: tuple[ProjectorBuilder, ...] = ()
+    said: set[str] = field(default_factory=set)
 
-    def knows(self, type_name: str) -> bool:
-        """Whether a projector builder of the package has a type of this name, by the constants it compares with."""
-        return any(type_name in _constants(builder) for builder in self.projector_builders)
+    def add_builder(self, function: Callable[..., Any]) -> None:
+        """Ask this function too from now on."""
+        self.projector_builders = (*self.projector_builders, ProjectorBuilder(function))
+
+    def forget_builder(self, function: Callable[..., Any]) -> None:
+        """Its module was reloaded."""
+        self.projector_builders = tuple(b for b in self.projector_builders if b.function is not function)
+
+    def reason_to_keep(self, type_string: str) -> Optional[str]:
+        """Why a type of one of our names is the package's own; None when every builder refuses name and string."""
+        if not self.projector_builders:
+            return "has not been found"
+        asked = dict.fromkeys((base_name(type_string), type_string))
+        reasons = (builder.reason_to_leave(one) for builder in self.projector_builders for one in asked)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def left(self, type_string: str) -> str:
+        """One sentence about a type that the package keeps."""
+        return (
+            f"{type_string!r} is left to {self.name}'s own projector builder, which "
+            f"{self.reason_to_keep(type_string)}; for llava_projectors' own pass --mm_projector_type "
+            f"{PREFIX}{type_string.strip()}"
+        )
 
 
 def is_ours(settings: Any, package: Package) -> bool:
@@ -46,42 +65,26 @@ def is_ours(settings: Any, package: Package) -> bool:
     Args:
         settings: anything; only its `mm_projector_type` is looked at.
         package: where it comes from.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> llava = Package("llava", check_patched=lambda: None)
-        >>> is_ours(SimpleNamespace(mm_projector_type="saep:stride=3"), llava)
-        True
-        >>> is_ours(SimpleNamespace(mm_projector_type="mlp2x_gelu"), llava)
-        False
     """
     return is_our_type(getattr(settings, TYPE_SETTING, None), package)
 
 
 def is_our_type(type_string: Any, package: Package) -> bool:
     """Whether a type string means a projector of ours in this package."""
-    if not registry.is_registered(type_string):
+    if is_asking() or not registry.is_registered(type_string):
         return False
-    return type_string.strip().startswith(PREFIX) or not package.knows(base_name(type_string))
+    if type_string.strip().startswith(PREFIX):
+        return True
+    if package.reason_to_keep(type_string) is None:
+        return True
+    if type_string not in package.said:
+        package.said.add(type_string)
+        log(package.left(type_string))
+    return False
 
 
-@cache  # the gate stands in front of every forward
-def _constants(function: Function) -> frozenset[str]:
-    """Every word that a function, or a table in its module, compares with or looks up."""
-    function = inspect.unwrap(function)
-    tables = [
-        value
-        for name, value in vars(inspect.getmodule(function)).items()
-        if isinstance(value, dict) and not name.startswith("__")
-    ]
-    return frozenset([*_words(function.__code__), *(key for table in tables for key in table if isinstance(key, str))])
-
-
-def _words(code: CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, (tuple, frozenset)):
-            yield from (word for word in constant if isinstance(word, str))
-        elif isinstance(constant, CodeType):
-            yield from _words(constant)
+def our_name(type_string: str, package: Package) -> str:
+    """The type string by which this package's type of that name is meant there."""
+    if is_our_type(type_string, package) or not registry.is_registered(type_string):
+        return type_string
+    return f"{PREFIX}{type_string.strip()}"

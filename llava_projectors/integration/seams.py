@@ -57,7 +57,7 @@ class Seam:
     of_class: bool
     settings: Callable[[Arguments], tuple[Any, ...]]
     replacement: Callable[..., Any]
-    on_error: Optional[Callable[[ValueError, Any], ValueError]] = None
+    on_error: Optional[Callable[[ValueError, Package, Any], ValueError]] = None
     required: bool = True
     beside: frozenset[str] = seam_names.SEAM_METHODS
     inherited: bool = False
@@ -264,7 +264,7 @@ def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any)
         try:
             return function(*args, **kwargs)
         except ValueError as error:
-            raise seam.on_error(error, *settings) from error.__cause__
+            raise seam.on_error(error, package, *settings) from error.__cause__
 
     return classmethod(gated) if is_class_method else gated
 
@@ -279,7 +279,7 @@ def patch_module(package: str, module: ModuleType) -> None:
                     continue
                 wrapper = _gated(seam, _package(package), owner, name, original)
                 if seam.replacement is wrappers.build_projector:
-                    _package(package).projector_builders.append(original)
+                    _package(package).add_builder(original)
                 patch_record = _Patch(package, seam, owner, name, original, wrapper)
                 setattr(owner, name, wrapper)
                 if owner is module:
@@ -287,6 +287,7 @@ def patch_module(package: str, module: ModuleType) -> None:
                     for stale in [p for p in _patches if p.owner is owner and p.name == name]:  # it was reloaded
                         _replace_copies(name, stale.wrapper, wrapper)
                         _patches.remove(stale)
+                        _package(package).forget_builder(stale.original)
                 _patches.append(patch_record)
 
 

@@ -46,11 +46,14 @@ def build_projector(original: Function, package: Package, config: Any, *args: An
     return projector
 
 
-def explain_unknown_type(error: ValueError, config: Any) -> ValueError:
+def explain_unknown_type(error: ValueError, package: Package, config: Any) -> ValueError:
     """LLaVA's own refusal of a type, with what there is and what may have been meant; any other error as it is."""
     if "unknown projector" not in str(error).lower():
         return error
-    return registry.unknown_type(getattr(config, "mm_projector_type", None))
+    type_string = getattr(config, "mm_projector_type", None)
+    if registry.is_registered(type_string):
+        return ProjectorSpecError(f"{error}. {package.left(type_string)}")
+    return registry.unknown_type(type_string)
 
 
 def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kwargs: Any) -> Any:
