@@ -10,7 +10,7 @@ import transformers
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, registry
-from llava_projectors.integration.tower import convert_tower, resolve_layers
+from llava_projectors.integration.tower import convert_tower, resolve_layers, see_real_grid
 from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
 
 
@@ -370,7 +370,6 @@ def test_a_patched_tower_outlives_unpatch(towers, images):
 
 def test_a_tower_that_cannot_be_tried_waits_for_its_first_forward():
     """As one whose kernels are CUDA's alone, with position embeddings that are none of CLIP's."""
-    from llava_projectors.integration.tower import see_real_grid
 
     class Rotary(torch.nn.Module):
         image_processor = SimpleNamespace(crop_size={"height": 56})
@@ -383,3 +382,136 @@ def test_a_tower_that_cannot_be_tried_waits_for_its_first_forward():
             raise RuntimeError("no kernel for a CPU")
 
     see_real_grid(Rotary())
+
+
+def clip_tower(tiny, **methods):
+    """LLaVA's CLIP tower with methods of a fork, before it has weights."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    cls = type("ForksTower", (CLIPVisionTower,), {"__module__": __name__, **methods})
+    return cls(str(tiny.tower), SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
+
+
+def several_features(self, outs):
+    return outs.hidden_states[-2], outs.hidden_states[4]
+
+
+def pictures_and_texts(self, images, texts=None):
+    return self.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:] * texts
+
+
+REFUSED = {
+    "feature_select returns several, as TokenPacker's, LLaVA-STF's and TRIM's": (
+        {"feature_select": several_features}, "needs one tensor of features: feature_select of .* ForksTower returns"),
+    "it selects from pictures and texts by itself": (
+        {"forward": pictures_and_texts}, "the forward of .* ForksTower takes texts beside the images and chooses"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_towers_of_another_shape_are_refused_before_their_weights_are_read(tiny, name):
+    methods, message = REFUSED[name]
+    with pytest.raises(ProjectorSpecError, match=message):
+        convert_tower(clip_tower(tiny, **methods), registry.resolve("saep"))
+
+
+def test_a_forward_with_further_arguments_gets_them(tiny, images):
+    """As TRIM's, which is called with pictures and texts."""
+
+    def forward(self, images, texts):
+        outs = self.vision_tower(images, output_hidden_states=True)
+        return self.feature_select(outs) * len(texts)
+
+    tower = clip_tower(tiny, forward=forward)
+    convert_tower(tower, registry.resolve("saep"))
+    tower.load_model()
+    assert torch.equal(tower(images[:1], "ab"), 2 * tower(images[:1], texts="a"))
+
+
+def embedding_too(self, images):
+    outs = self.vision_tower(images, output_hidden_states=True)
+    return outs.a_field_that_is_not_there, self.feature_select(outs)
+
+
+def two_values(self, images):
+    features, more = self.feature_select(self.vision_tower(images, output_hidden_states=True))
+    return features
+
+
+@pytest.mark.parametrize(
+    ("forward", "cause"), [(embedding_too, "AttributeError: .*a_field"), (two_values, "ValueError: not enough values")]
+)
+def test_a_forward_that_wants_more_than_hidden_states_is_refused_before_training(tiny, forward, cause):
+    """As HiDe-LLaVA's, which reads the embedding of the whole picture."""
+    tower = clip_tower(tiny, forward=forward)
+    convert_tower(tower, registry.resolve("saep"))
+    tower.load_model()
+    message = f"^projector type 'saep' cannot use the vision tower ForksTower: its forward ends in {cause}[^\n]*$"
+    with pytest.raises(ProjectorSpecError, match=message):
+        see_real_grid(tower)
+
+
+def test_a_vision_model_under_another_name(tiny):
+    """As CuMo's, which is called `vision_model` and whose tower is loaded when it is made."""
+
+    class Renamed(torch.nn.Module):
+        is_loaded, num_patches, select_feature = True, 576, "patch"
+
+        def __init__(self):
+            super().__init__()
+            self.vision_model = transformers.CLIPVisionModel.from_pretrained(tiny.tower)
+            self.config = self.vision_model.config
+            self.hidden_size = self.config.hidden_size
+
+        def forward(self, images):
+            return self.vision_model(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    message = (
+        "reads 2 layers of the vision tower Renamed, whose vision model is not its `vision_tower`: pass saep:layers"
+    )
+    with pytest.raises(ProjectorSpecError, match=message):
+        convert_tower(Renamed(), registry.resolve("saep"))
+    tower = Renamed()
+    convert_tower(tower, registry.resolve("saep:layers=-1"))
+    assert tower(torch.zeros(1, 3, 336, 336)).shape == (1, 576, 32)
+
+
+def test_a_builder_that_knows_no_delay(monkeypatch):
+    """As VideoLLaMA2's, whose towers load when they are made."""
+    from llava_projectors.integration import wrappers
+
+    def build(cfg, load_pretrained=False):
+        return Convolutional() if load_pretrained else None
+
+    monkeypatch.delattr(Convolutional, "is_loaded")
+    package, cfg = SimpleNamespace(check_patched=lambda: None), SimpleNamespace(mm_projector_type="avg_pool:stride=4")
+    tower = wrappers.build_tower(build, package, cfg, load_pretrained=True)
+    assert (tower.num_patches, tower(torch.zeros(1, 3, 64, 64)).shape) == (4, (1, 64, 8))
+
+
+def test_a_forward_that_somebody_replaces_later(towers, images, monkeypatch):
+    """VisionZip's selects by itself, and was passed over without a word; one that uses feature_select is used."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    tower = towers("saep")
+    before = tower(images[:1])
+
+    def doubling(self, images):
+        return 2 * self.feature_select(self.vision_tower(images, output_hidden_states=True))
+
+    def selecting(self, images):
+        return self.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, :64], None
+
+    monkeypatch.setattr(CLIPVisionTower, "forward", doubling)
+    assert torch.equal(tower(images[:1]), 2 * before)
+    monkeypatch.setattr(CLIPVisionTower, "forward", selecting)
+    for _ in range(2):
+        with pytest.raises(
+            ProjectorSpecError, match="the forward of .* CLIPVisionTower was replaced by test_tower, which"
+        ):
+            tower(images[:1])
+    with pytest.raises(ProjectorSpecError, match="was replaced by test_tower"):
+        towers("saep")(images[:1])
+    assert towers("mlp2x_gelu")(images[:1])[0].shape == (1, 64, 32)
+    monkeypatch.undo()
+    assert torch.equal(tower(images[:1]), before)

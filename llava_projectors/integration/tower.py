@@ -128,19 +128,22 @@ class MultiLayerTower(ReducedTower):
     """A tower that returns several hidden states side by side.
 
     Attributes:
-        tower_forward: the forward of LLaVA's class, which decides on dtypes, devices and gradients,
-            or `select_from_images` for classes that choose their hidden states elsewhere than in
-            `feature_select`.
+        class_forward: the forward of LLaVA's class when it was looked at last; some packages replace it.
+        tower_forward: the same, which decides on dtypes, devices and gradients, or `select_from_images`
+            for classes that choose their hidden states elsewhere than in `feature_select`.
     """
 
+    class_forward: ClassVar[Callable[..., Any]]
     tower_forward: ClassVar[Callable[..., Any]]
 
-    def forward(self, images: Any) -> Any:
+    def forward(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         """LLaVA's own forward, on a copy of the tower whose vision model stops at the highest layer asked for."""
+        if self.tower_class.forward is not self.class_forward:
+            _look_at_forward(type(self))
         tower: Any = copy.copy(self)
         truncated = TruncatedVisionModel(tower.vision_tower, self.projector_layers)
         tower._modules = {**self._modules, "vision_tower": truncated}
-        result = self.tower_forward(tower, images)
+        result = self.tower_forward(tower, images, *args, **kwargs)
         self.patch_side = tower.patch_side
         return result
 
@@ -193,10 +196,15 @@ class OneLayerTower(ReducedTower):
 @cache
 def _subclass(mixin: Any, tower_class: Any) -> type[nn.Module]:
     name = f"{mixin.__name__.removesuffix('Tower')}{tower_class.__name__}"
-    attributes: dict[str, Any] = {"tower_class": tower_class}
+    cls: Any = type(name, (mixin, tower_class), {"tower_class": tower_class})
     if mixin is MultiLayerTower:
-        attributes["tower_forward"] = staticmethod(_forward_of(tower_class))
-    return type(name, (mixin, tower_class), attributes)
+        _look_at_forward(cls)
+    return cls  # type: ignore[no-any-return]
+
+
+def _look_at_forward(cls: Any) -> None:
+    cls.tower_forward = staticmethod(_forward_of(cls.tower_class))
+    cls.class_forward = staticmethod(cls.tower_class.forward)
 
 
 def _rebuild(mixin: Any, tower_class: Any) -> nn.Module:
@@ -205,12 +213,29 @@ def _rebuild(mixin: Any, tower_class: Any) -> nn.Module:
 
 
 def _forward_of(tower_class: Any) -> Callable[..., Any]:
-    """The class's own forward where it selects in `feature_select` alone, else ours."""
+    """The class's own forward where it selects in `feature_select` alone, else ours.
+
+    Raises:
+        ProjectorSpecError: ours cannot stand for it.
+    """
     names = _names_in(tower_class, "forward")
+    forward: Callable[..., Any] = tower_class.forward
     if "feature_select" in names and "hidden_states" not in names:
-        forward: Callable[..., Any] = tower_class.forward
         return forward
-    return MultiLayerTower.select_pair_from_images if _returns_pair(tower_class) else MultiLayerTower.select_from_images
+    shown, function = f"the forward of the vision tower {tower_class.__name__}", inspect.unwrap(forward)
+    definer = next(base for base in tower_class.__mro__ if "forward" in vars(base))
+    if function.__module__ != definer.__module__:
+        raise ProjectorSpecError(
+            f"{shown} was replaced by {function.__module__}, which chooses hidden states by itself: it cannot be used "
+            "beside the projector types of llava_projectors"
+        )
+    further = list(inspect.signature(function).parameters)[2:]
+    if further:
+        raise ProjectorSpecError(
+            f"{shown} takes {', '.join(further)} beside the images and chooses hidden states by itself: the projector "
+            "types of llava_projectors cannot read it"
+        )
+    return MultiLayerTower.select_pair_from_images if _returns_tuple(forward) else MultiLayerTower.select_from_images
 
 
 def _names_in(tower_class: Any, method: str, seen: Optional[set[str]] = None) -> set[str]:
@@ -237,8 +262,8 @@ def _mentions(tower_class: Any, word: str) -> bool:
     return any(word in str(method.__code__.co_consts) or word in method.__code__.co_names for method in methods)
 
 
-def _returns_pair(tower_class: Any) -> bool:
-    returned = [node.value for node in ast.walk(_parsed(tower_class.forward)) if isinstance(node, ast.Return)]
+def _returns_tuple(function: Any) -> bool:
+    returned = [node.value for node in ast.walk(_parsed(function)) if isinstance(node, ast.Return)]
     return any(isinstance(value, ast.Tuple) for value in returned)
 
 
@@ -281,13 +306,17 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
         return
     refuse_unsupported(tower, resolved, cfg)
     tower_class: Any = type(tower)
-    has_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
+    gives_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
+    has_hidden_states = gives_hidden_states and _mentions(tower_class, "vision_tower")
     if has_hidden_states:
         layers = layers_of(tower, tower_class, resolved)
         side = tower.config.image_size // tower.config.patch_size
     else:
         layers = ()
-        refuse_several_layers(tower, resolved, "which gives no hidden states", "-1")
+        reason = (
+            "whose vision model is not its `vision_tower`" if gives_hidden_states else "which gives no hidden states"
+        )
+        refuse_several_layers(tower, resolved, reason, "-1")
         side = math.isqrt(getattr(tower, "num_patches", 0)) or None
     second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
     if second:
@@ -340,6 +369,13 @@ def see_real_grid(tower: Any) -> None:
     try:
         with torch.no_grad():
             tower(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+    except ProjectorSpecError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ProjectorSpecError(
+            f"projector type {tower.projector_spec.type_string!r} cannot use the vision tower "
+            f"{tower.tower_class.__name__}: its forward ends in {type(error).__name__}: {error}"
+        ) from error
     except RuntimeError:  # the fork resizes pictures elsewhere; its position embedding tells for what
         vision_model = getattr(tower.vision_tower, "vision_model", tower.vision_tower)
         embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
@@ -382,6 +418,11 @@ def refuse_unsupported(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
         raise ProjectorSpecError(
             f"{prefix} needs the patch grid without the CLS token: "
             f"--mm_vision_select_feature {tower.select_feature} must be patch"
+        )
+    if _returns_tuple(getattr(type(tower), "feature_select", None)):
+        raise ProjectorSpecError(
+            f"{prefix} needs one tensor of features: feature_select of the vision tower {type(tower).__name__} returns "
+            "several"
         )
     for setting, (accepted, reason) in REFUSED_SETTINGS.items():
         value = getattr(cfg, setting, None)

@@ -61,13 +61,12 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
     package.check_patched()
     resolved = registry.resolve(cfg.mm_projector_type, cfg)
     # The tower's config is enough for every check, so the weights wait until all have passed.
-    load_now = not kwargs.pop("delay_load", False)
     try:
-        tower = original(cfg, *args, delay_load=True, **kwargs)
+        tower = original(cfg, *args, **{**kwargs, "delay_load": True})
     except Exception:  # some forks' towers are not prepared to wait; a real error comes again
-        tower = original(cfg, *args, delay_load=not load_now, **kwargs)
+        tower = original(cfg, *args, **kwargs)
     convert_tower(tower, resolved, cfg)
-    if load_now and not tower.is_loaded:
+    if not kwargs.get("delay_load") and not getattr(tower, "is_loaded", True):
         tower.load_model()
     return tower
 
