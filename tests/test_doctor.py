@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def fork(small_fork, monkeypatch):
 
 
 CALL = "image_features = self.get_model().mm_projector(image_features)"
+LLAMA = "model/language_model/llava_llama.py"
 
 
 def test_llava_itself():
@@ -69,6 +71,7 @@ def test_llava_itself():
     assert "1.2.2.post1" in out
     assert "works        LlavaLlamaForCausalLM    576 -> 144 visual tokens at the first layer of its LLM" in out
     assert "llava: works: 576 -> 144 visual tokens" in out
+    assert "; not checked: LlavaMptForCausalLM\n" in out
     # The forward of this LLaVA's MPT class fails with any projector.
     assert "LlavaMptForCausalLM cannot be run on tiny parts without this plugin either: TypeError" in out
 
@@ -112,7 +115,18 @@ def test_a_fork_that_is_not_armed(fork, monkeypatch):
 PECULIARITIES = {
     "a compressor reads the projector too, as in LLaVA-Mini": (
         [(ARCH, CALL, f"self.get_model().mm_projector(image_features)\n        {CALL}")],
-        "calls its projector 2 times for 1 calls of its vision tower",
+        "calls its projector 2 times for 1 calls of its vision tower, on features [2304, 64] where the tower gave "
+        "[1152, 64]",
+    ),
+    "the tower's feature_select returns several, as in TokenPacker": (
+        [("model/multimodal_encoder/clip_encoder.py", "return image_features\n\n    @torch.no_grad()",
+          "return image_features, image_features\n\n    @torch.no_grad()")],
+        "needs one tensor of features: feature_select of the vision tower CLIPVisionTower returns several",
+    ),
+    "the tower reads the picture's embedding, as in HiDe-LLaVA": (
+        [("model/multimodal_encoder/clip_encoder.py", "return image_features\n\n    @property\n    def dummy",
+          "return image_forward_outs.image_embeds, image_features\n\n    @property\n    def dummy")],
+        "cannot use the vision tower CLIPVisionTower: its forward ends in AttributeError: ",
     ),
     "features are joined on the way, as in VideoGPT+": (
         [(ARCH, CALL, CALL.replace("(image_features)", "(image_features.flip(0))"))],
@@ -164,6 +178,69 @@ def test_a_projector_called_with_keywords(fork):
     )
     assert found.verdict == "cannot work"
     assert "runs with 'linear', and with 'saep' it fails: TypeError" in found.reason
+
+
+def test_all_pictures_in_one_call_of_the_tower_and_a_projector_call_each(fork):
+    """As in LongVA."""
+    each = "image_features = torch.cat([self.get_model().mm_projector(f[None]) for f in image_features])"
+    found = fork((ARCH, CALL, each))
+    assert (found.verdict, found.reason[:10]) == ("works", "576 -> 144")
+
+
+def test_a_builder_that_takes_any_name(fork):
+    """As in TokenPacker and MoE-LLaVA: the bare name is its own, and ours works there under its full name."""
+    read = "projector_type = getattr(config, 'mm_projector_type', 'linear')"
+    found = fork((PROJECTORS, read, "projector_type = 'linear'"))
+    assert (found.verdict, found.type_string) == ("works", "llava_projectors.saep")
+    assert found.reason.startswith("576 -> 144 visual tokens")
+    assert found.reason.endswith(
+        "; --mm_projector_type is 'llava_projectors.saep', for myfork's own builder keeps 'saep'"
+    )
+
+
+def test_both_errors_are_shown_where_neither_runs(fork):
+    found = fork((ARCH, CALL, "raise KeyError(type(self.get_model().mm_projector).__name__)"))
+    assert found.verdict == "not checked"
+    shown = re.sub(r" \(myfork/model/llava_arch.py:\d+\)", "", found.reason)
+    assert shown == (
+        "LlavaLlamaForCausalLM cannot be run on tiny parts without this plugin either: KeyError: 'Linear'; "
+        "with 'saep' it ends in KeyError: 'SAEP'"
+    )
+
+
+SIDE_CLASS = """
+from . import llava_llama
+from ..llava_arch import LlavaMetaForCausalLM
+class {name}(llava_llama.LlavaLlamaForCausalLM, LlavaMetaForCausalLM):
+    def forward(self, *args, **kwargs):
+        raise ValueError("Errors in loading:\\n\\tsizes differ\\n\\tmore")
+"""
+
+
+def test_a_class_that_did_not_run_is_named(fork, small_fork):
+    """As in matryoshka-mm and dynamic_llava, where only a side class runs."""
+    (small_fork / LLAMA).with_name("llava_side.py").write_text(SIDE_CLASS.format(name="LlavaSideForCausalLM"))
+    found = fork()
+    assert found.verdict == "works"
+    assert found.reason.endswith(", with LlavaLlamaForCausalLM; not checked: LlavaSideForCausalLM")
+    reason = next(t.reason for t in found.trials if t.model == "LlavaSideForCausalLM")
+    assert "without this plugin either: ValueError: Errors in loading: sizes differ (" in reason
+
+
+def test_two_classes_of_one_name(fork, small_fork):
+    """As in vstar: the second took the place of the first."""
+    (small_fork / LLAMA).with_name("llava_side.py").write_text(SIDE_CLASS.format(name="LlavaLlamaForCausalLM"))
+    found = fork()
+    place, name = "myfork.model.language_model", "LlavaLlamaForCausalLM"
+    verdicts = {t.model: t.verdict for t in found.trials}
+    assert verdicts == {f"{place}.llava_llama.{name}": "works", f"{place}.llava_side.{name}": "not checked"}
+    assert found.reason.endswith(f", with {place}.llava_llama.{name}; not checked: {place}.llava_side.{name}")
+
+
+def test_a_broken_import_inside_the_fork(fork):
+    found = fork((TOWERS, "import os", "import os\nimport myfork.nothing"))
+    assert found.verdict == "not checked"
+    assert found.reason.endswith("No module named 'myfork.nothing': myfork is there, without this module")
 
 
 @pytest.mark.parametrize("is_hidden", [True, False])

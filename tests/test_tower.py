@@ -434,7 +434,7 @@ def embedding_too(self, images):
 
 
 def two_values(self, images):
-    features, more = self.feature_select(self.vision_tower(images, output_hidden_states=True))
+    features, _ = self.feature_select(self.vision_tower(images, output_hidden_states=True))
     return features
 
 
@@ -486,7 +486,7 @@ def test_a_builder_that_knows_no_delay(monkeypatch):
     monkeypatch.delattr(Convolutional, "is_loaded")
     package, cfg = SimpleNamespace(check_patched=lambda: None), SimpleNamespace(mm_projector_type="avg_pool:stride=4")
     tower = wrappers.build_tower(build, package, cfg, load_pretrained=True)
-    assert (tower.num_patches, tower(torch.zeros(1, 3, 64, 64)).shape) == (4, (1, 64, 8))
+    assert (tower(torch.zeros(1, 3, 64, 64)).shape, tower.num_patches) == ((1, 64, 8), 4)
 
 
 def test_a_forward_that_somebody_replaces_later(towers, images, monkeypatch):

@@ -46,6 +46,7 @@ class PackageDiagnosis:
         package: the name it is imported by.
         verdict: WORKS, CANNOT_WORK or NOT_CHECKED.
         reason: what was seen, or why not.
+        type_string: by which the projector is meant in this package.
         version: of the distribution that holds it, if one does.
         place: its folder; None when it cannot be found.
         seams: state of every row of the table of seams, once the package is patched.
@@ -55,6 +56,7 @@ class PackageDiagnosis:
     package: str
     verdict: str
     reason: str
+    type_string: str = ""
     version: Optional[str] = None
     place: Optional[str] = None
     seams: list[SeamReport] = field(default_factory=list)
@@ -180,8 +182,17 @@ def _diagnose_package(
         )
     elif verdict != WORKS and untested:
         reason += f" ({'; '.join(untested)})"
+    if report.type_string not in ("", type_string):
+        reason += f"; --mm_projector_type is {report.type_string!r}, for {package}'s own builder keeps {type_string!r}"
     return PackageDiagnosis(
-        package, verdict, reason, _package_version(package, place), place, report.seams, report.trials
+        package,
+        verdict,
+        reason,
+        report.type_string or type_string,
+        _package_version(package, place),
+        place,
+        report.seams,
+        report.trials,
     )
 
 
@@ -200,17 +211,24 @@ def _try(package: str, type_string: str, arguments: Mapping[str, str]) -> Report
     if any(trial.foreign for trial in report.trials):
         with tempfile.TemporaryDirectory() as folder:
             stock = {t.model: t for t in run_trial(package, STOCK_TYPE, arguments, folder, stock=True).trials}
+        tried = report.type_string
         for trial in report.trials:
             alone = stock.get(trial.model)
             if trial.foreign and (alone is None or alone.verdict != WORKS):
                 trial.verdict = NOT_CHECKED
-                cause = "" if alone is None else f": {alone.reason}"
-                trial.reason = f"{trial.model} cannot be run on tiny parts without this plugin either{cause}"
+                trial.reason = _neither(trial, alone, tried)
             elif trial.foreign:
-                trial.reason = (
-                    f"{trial.model} runs with {STOCK_TYPE!r}, and with {type_string!r} it fails: {trial.reason}"
-                )
+                trial.reason = f"{trial.model} runs with {STOCK_TYPE!r}, and with {tried!r} it fails: {trial.reason}"
     return report
+
+
+def _neither(trial: Trial, alone: Optional[Trial], type_string: str) -> str:
+    """The reason for a class that runs neither with our type nor without this plugin: one error, or both."""
+    without = f"{trial.model} cannot be run on tiny parts without this plugin either"
+    if alone is None:
+        return f"{without}; with {type_string!r} it ends in {trial.reason}"
+    both = "" if alone.reason == trial.reason else f"; with {type_string!r} it ends in {trial.reason}"
+    return f"{without}: {alone.reason}{both}"
 
 
 def _sum_up(trials: list[Trial]) -> tuple[str, str]:
@@ -220,6 +238,9 @@ def _sum_up(trials: list[Trial]) -> tuple[str, str]:
         if found:
             names = [trial.model for trial in found if trial.model and trial.model not in trial.reason]
             reason = found[0].reason + (f", with {', '.join(names)}" if names else "")
+            untried = [trial.model for trial in trials if trial.verdict == NOT_CHECKED and trial.model]
+            if verdict == WORKS and untried:
+                reason += f"; not checked: {', '.join(untried)}"
             return verdict, reason
     return NOT_CHECKED, "nothing was tried"
 
@@ -259,7 +280,8 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
     for package in diagnosis.packages:
         print(f"{package.package}: {package.verdict}: {package.reason}")
     if diagnosis.verdict == WORKS:
-        print(f"All is well: pass --mm_projector_type {diagnosis.type_string} to LLaVA's scripts.")
+        types = dict.fromkeys(package.type_string for package in diagnosis.packages)
+        print(f"All is well: pass --mm_projector_type {' or '.join(types)} to LLaVA's scripts.")
 
 
 def setting(text: str) -> tuple[str, str]:

@@ -92,11 +92,13 @@ class Report:
         seams: the state of every seam of the package.
         trials: one of each class, or a single one.
         armed: whether the package was patched when it had been imported, by the hook or by a call of its own.
+        type_string: by which the projector is meant in the package; its own builder may keep the bare name.
     """
 
     seams: list[seams.SeamReport]
     trials: list[Trial]
     armed: bool = False
+    type_string: str = ""
 
 
 class CannotWork(Exception):
@@ -137,6 +139,7 @@ def run_trial(package: str, type_string: str, arguments: Mapping[str, str], fold
         [seams.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in answer["seams"]],
         [Trial(**trial) for trial in answer["trials"]],
         answer["armed"],
+        answer["type_string"],
     )
 
 
@@ -211,13 +214,14 @@ def try_package(package: str, type_string: str, arguments: Mapping[str, str], st
         missing = missing_seams(package, rows, failures)
         if missing is not None:
             return Report(rows, [missing])
+        type_string = seams.our_name(package, type_string)
     make_tower(Path(TOWER))
-    trials = [try_model(cls, package, type_string, arguments, stock) for cls in classes]
+    trials = [try_model(cls, name, package, type_string, arguments, stock) for name, cls in classes.items()]
     if not trials:
         causes = [watch.cause_of(error) for error in failures.values()]
         reason = import_failure(package, causes[0]) if causes else f"{package} has no class that ends in ForCausalLM"
         trials = [Trial(NOT_CHECKED, reason)]
-    return Report(seams.report(package), trials, armed)
+    return Report(seams.report(package), trials, armed, type_string)
 
 
 def import_failure(package: str, error: BaseException) -> str:
@@ -225,6 +229,8 @@ def import_failure(package: str, error: BaseException) -> str:
     shown = f"{package} cannot be imported, with or without this plugin: {one_line(error)}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         missing = error.name.split(".")[0]
+        if missing == package.split(".")[0] or missing in sys.modules:
+            return f"{shown}: {missing} is there, without this module"
         return f"{shown}: install {missing}, as {package}'s own requirements say"
     if "is already used by a Transformers" in str(error):
         return f"{shown}: install a transformers before 4.36, as its own requirements say"
@@ -232,8 +238,10 @@ def import_failure(package: str, error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """`Kind: message`, its first line."""
-    message = str(error).strip().split("\n")[0]
+    """`Kind: message`, its first line, and the next ones where one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    count = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    message = " ".join(lines[:count]).rstrip(":")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
@@ -254,9 +262,12 @@ def missing_seams(package: str, rows: list[seams.SeamReport], failures: Mapping[
     return Trial(CANNOT_WORK, f"{'; '.join(wrong)}: not as LLaVA's are called") if wrong else None
 
 
-def find_models(package: str) -> tuple[list[type[nn.Module]], dict[str, BaseException]]:
-    """The package's LLM classes that see pictures, and the modules of such that could not be imported."""
-    classes: dict[str, type[nn.Module]] = {}
+def find_models(package: str) -> tuple[dict[str, type[nn.Module]], dict[str, BaseException]]:
+    """The package's LLM classes that see pictures by name, and the modules of such that could not be imported.
+
+    Where two classes have one name, the names of their modules stand before it.
+    """
+    classes: list[type[nn.Module]] = []
     failures: dict[str, BaseException] = {}
     for name in modules_with_models(package):
         try:
@@ -266,8 +277,10 @@ def find_models(package: str) -> tuple[list[type[nn.Module]], dict[str, BaseExce
             continue
         for value in vars(module).values():
             if is_model(value) and value.__module__ == name:
-                classes[value.__qualname__] = value
-    return list(classes.values()), failures
+                classes.append(value)
+    names = [cls.__name__ for cls in classes]
+    doubled = {name for name in names if names.count(name) > 1}
+    return {f"{c.__module__}.{c.__name__}" if c.__name__ in doubled else c.__name__: c for c in classes}, failures
 
 
 def modules_with_models(package: str) -> Iterator[str]:
@@ -291,9 +304,10 @@ def is_model(value: Any) -> bool:
     )
 
 
-def try_model(cls: type[nn.Module], package: str, type_string: str, arguments: Mapping[str, str], stock: bool) -> Trial:
+def try_model(
+    cls: type[nn.Module], name: str, package: str, type_string: str, arguments: Mapping[str, str], stock: bool
+) -> Trial:
     """Build and run one class; every error becomes a verdict."""
-    name = cls.__name__
     try:
         model = build(cls, package, type_string, arguments)
         seen = run_once(model)
@@ -315,13 +329,13 @@ def place_of(error: BaseException) -> str:
     return f" ({'/'.join(Path(frames[-1].filename).parts[-3:])}:{frames[-1].lineno})" if frames else ""
 
 
-def make_tower(path: Path, image_size: int = 336, patch_size: int = 14) -> None:
-    """Write a CLIP vision checkpoint with the usual grid and depth and 32 channels."""
+def make_tower(path: Path, image_size: int = 336, patch_size: int = 14, hidden_size: int = 32) -> None:
+    """Write a CLIP vision checkpoint with the usual grid and depth."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=24,
         num_attention_heads=2,
@@ -505,18 +519,19 @@ def check(model: Any, seen: Seen) -> str:
             f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, though --mm_projector_type asks "
             "for one of ours: it chooses its projector by another setting, or builds it in line"
         )
-    if len(seen.projectors) != len(seen.towers):
-        raise CannotWork(
-            f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision "
-            "tower: it does more with it than turn patches into visual tokens"
-        )
-    for output, (inputs, named, _) in zip(seen.towers, seen.projectors):
+    for inputs, named, _ in seen.projectors:
         if len(inputs) != 1 or named:
             further = f"{len(inputs)} arguments" + (f" and {', '.join(named)}" if named else "")
             raise CannotWork(f"{name} calls its projector with {further}: ours takes the features alone")
-        features = output[0] if isinstance(output, tuple) else output
-        if not (isinstance(features, torch.Tensor) and torch.equal(features, inputs[0])):
-            raise CannotWork(f"{name} changes the features on their way from its vision tower to its projector")
+    given, taken = rows_of(seen.towers), rows_of([inputs[0] for inputs, _, _ in seen.projectors])
+    if given.shape != taken.shape:
+        raise CannotWork(
+            f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision "
+            f"tower, on features {list(taken.shape)} where the tower gave {list(given.shape)}: it does more with it "
+            "than turn patches into visual tokens"
+        )
+    if not torch.equal(given, taken):
+        raise CannotWork(f"{name} changes the features on their way from its vision tower to its projector")
     tokens = seen.positions - len(TEXT_TOKENS)
     if tokens != tower.num_patches:
         raise CannotWork(f"{name} gives its LLM {tokens} visual tokens, and the projector made {tower.num_patches}")
@@ -527,6 +542,17 @@ def check(model: Any, seen: Seen) -> str:
         raise CannotWork(f"{name} gives its projector gradients of zero")
     before = (tower.patch_side or 0) ** 2
     return f"{before} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
+
+
+def rows_of(values: list[Any]) -> torch.Tensor:
+    """The features [..., C] of several calls, joined to [rows, C]; of a pair its first."""
+    parts = []
+    for value in values:
+        first = value[0] if isinstance(value, tuple) else value
+        parts += first if isinstance(first, list) else [first]
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        return torch.empty(0)
+    return torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def main() -> None:

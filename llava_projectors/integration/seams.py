@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, Callable, Optional, Union
 
 from llava_projectors import seam_names
-from llava_projectors.integration import high_resolution, wrappers
+from llava_projectors.integration import gate, high_resolution, wrappers
 from llava_projectors.integration.gate import Package, is_ours
 
 Owner = Union[ModuleType, type]
@@ -322,6 +322,11 @@ def unpatch(package: str) -> None:
                 _replace_copies(p.name, p.wrapper, p.original)
             _patches.remove(p)
         _packages.pop(package, None)
+
+
+def our_name(package: str, type_string: str) -> str:
+    """The type string by which this package's type of that name is meant there."""
+    return gate.our_name(type_string, _package(package))
 
 
 def report(package: str) -> list[SeamReport]:
