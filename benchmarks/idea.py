@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from benchmarks.table import Row, read_rows
+from llava_projectors.commands.writing import whole_file
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {"mlp2x_gelu": "mlp2x_gelu", "saep:stride=2": "saep", "saep:stride=3": "saep:stride=3"}
@@ -66,7 +67,8 @@ def main() -> None:
     cells.scale(1, 2)
     axes[2].set_title(f"speed, LLM of 0.27 B on a CPU ({rows[0]['machine']})", fontsize=9, y=0.85)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output, dpi=100)
+    with whole_file(arguments.output) as file:
+        figure.savefig(file, dpi=100)
     print(f"Drawn to {arguments.output}")
 
 

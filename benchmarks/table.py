@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from llava_projectors.commands.writing import whole_file
 
 Row = dict[str, Any]
 
@@ -14,9 +15,8 @@ Row = dict[str, Any]
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """One CSV with the columns of the first row; an earlier file stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.part")
-    _write(unfinished, rows, list(rows[0]), "w")
-    os.replace(unfinished, path)
+    with whole_file(path) as unfinished:
+        _write(unfinished, rows, list(rows[0]), "w")
 
 
 def append_rows(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:

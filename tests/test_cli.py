@@ -4,16 +4,21 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import warm
 from PIL import Image
+from safetensors import SafetensorError
 
 import llava_projectors
 from llava_projectors.commands.cli import main
+from llava_projectors.tiny.train import TrainingFailed, run
 
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
 
@@ -172,6 +177,72 @@ def test_the_demo_refuses_a_folder_that_makes_an_mpt_of_its_llm(tmp_path):
     out = cli("demo", "--output", str(folder), status=1, stderr=True)
     assert f"cannot run the demo: LLaVA's script takes {folder}/vicuna for an MPT" in out
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("receiver", ["terminal", "command alone", "command alone, by kill"])
+def test_ctrl_c_stops_the_demo_and_its_runs(tmp_path, can_train, receiver):
+    """In a terminal all processes of the group are interrupted, elsewhere the command alone."""
+    command = [sys.executable, "-m", "llava_projectors", "demo", "--output", str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd="/", start_new_session=True, **pipes) as demo:
+        for line in demo.stdout:
+            if "pretraining" in line:
+                break
+        runs = wait_for_children(demo)
+        if receiver == "terminal":
+            os.killpg(demo.pid, signal.SIGINT)
+        else:
+            demo.send_signal(signal.SIGTERM if "kill" in receiver else signal.SIGINT)
+        printed, errors = demo.communicate()
+    assert (demo.returncode, errors) == (130, "\ndemo: interrupted\n")
+    assert not any(run.is_running() for run in runs)
+    assert "fine-tuning" not in printed
+    assert not (tmp_path / "tokenpacker-scale_factor-3").exists()
+
+
+def wait_for_children(process):
+    while not (children := psutil.Process(process.pid).children()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return children
+
+
+def test_the_first_type_that_fails_stops_the_others(tmp_path, monkeypatch, capsys):
+    def train(projector_type, folder, assets, steps, say, stop):
+        if projector_type == "saep":
+            raise TrainingFailed("exit status 1")
+        run([sys.executable, "-c", "import time; time.sleep(1e6)"], folder / "log", stop=stop)
+
+    monkeypatch.setattr("llava_projectors.commands.demo.Assets.make", lambda folder: None)
+    monkeypatch.setattr("llava_projectors.commands.demo.train", train)
+    monkeypatch.setattr("llava_projectors.commands.demo._workers", lambda: 2)
+    assert main(["demo", "--output", str(tmp_path)]) == 1
+    assert "s] saep failed: exit status 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(30, "Read-only file system", "/x"), "[Errno 30] Read-only file system: '/x'"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, error, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("llava_projectors.commands.demo.make_vision_tower", refuse)
+    assert main(["demo", "--output", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cannot run the demo: ")
+    assert message in line
+
+
+def test_a_disk_that_fills_while_training_is_one_line(tmp_path):
+    command = [sys.executable, "-c", "raise OSError(28, 'No space left on device')"]
+    with pytest.raises(TrainingFailed) as failure:
+        run(command, tmp_path / "x.log")
+    assert str(failure.value) == f"No space left on device: {tmp_path}; the whole output is in {tmp_path / 'x.log'}"
 
 
 @pytest.mark.slow

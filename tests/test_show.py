@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,15 +130,17 @@ def no_model(monkeypatch):
         ("missing/tokens.png", [], "would lie in a folder that does not exist: make"),
         ("tokens.jxl", [], "must end in one of .html, "),
         ("picture.png", [], "would overwrite the picture itself"),
+        ("pipe.png", [], "is a device or a pipe, no file"),
         ("tokens.html", ["--token", "3"], "a page has every token: leave --token out"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, capsys, no_model, output, arguments, message):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (40, 40), "red").save(picture)
+    os.mkfifo(tmp_path / "pipe.png")
     assert main(["show", str(picture), "--output", str(tmp_path / output), *arguments]) == 1
     assert message in one_line(capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "pipe.png"]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +155,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, capsys, no_
             "is no LLaVA checkpoint: its config.json has no mm_projector_type",
         ),
         ("mine", {"mm_projector_type": "saep"}, [], None, "'mine' lacks 'llava': rename the folder"),
+        ("llava-prompts", {"mm_projector_type": "saep"}, [], None, "takes 'llava-prompts' for an MPT"),
         ("llava-a", {"mm_projector_type": "saep"}, ["mm_projector.bin"], None, "pass --model-base"),
         ("llava-b", {"mm_projector_type": "saep"}, ["adapter_config.json"], "own/vicuna", "'llava-b' lacks 'lora'"),
         ("llava-c", {"mm_projector_type": "saep"}, [], None, "has no weights"),
@@ -187,6 +192,30 @@ def test_the_path_that_is_printed_is_the_file(tmp_path, capsys, monkeypatch, tin
         assert main(["show", str(tiny.images / "flower.jpg"), "--type", "tokenpacker:scale_factor=4", *output]) == 0
         assert capsys.readouterr().out.endswith(f"Written to {tmp_path / expected}\n")
         assert (tmp_path / expected).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["tokens.png", "tokens.html"])
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, capsys, tiny, name):
+    target = tmp_path / name
+    target.write_text("earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        arguments = ["--type", "tokenpacker:scale_factor=4", "--output", str(target)]
+        assert main(["show", str(tiny.images / "flower.jpg"), *arguments]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot show" in one_line(capsys)
+    assert target.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_is_followed_and_stays(tmp_path, tiny):
+    target, link = tmp_path / "real.png", tmp_path / "link.png"
+    link.symlink_to(target)
+    assert main(["show", str(tiny.images / "flower.jpg"), "--type", "tokenpacker", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert target.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("tiles", "expected"), [(9, "2x3 tiles and a thumbnail"), (25, "2x3 tiles and a thumbnail")])

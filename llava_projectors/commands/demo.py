@@ -6,16 +6,19 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 
 from llava_projectors.commands.arguments import at_least
 from llava_projectors.commands.columns import print_columns
@@ -131,8 +134,15 @@ class Assets:
         return cls(tower, llm, pretrain_data, finetune_data, folder / "data" / "images")
 
 
-def train(projector_type: str, folder: Path, assets: Assets, steps: int, say: Callable[[str], None]) -> Path:
-    """Both of LLaVA's stages, by its own script; returns the checkpoint.
+def train(
+    projector_type: str,
+    folder: Path,
+    assets: Assets,
+    steps: int,
+    say: Callable[[str], None],
+    stop: threading.Event | None = None,
+) -> Path:
+    """Both of LLaVA's stages, by its own script, until `stop` is set; returns the checkpoint.
 
     Raises:
         TrainingFailed: the script did not end well.
@@ -142,11 +152,11 @@ def train(projector_type: str, folder: Path, assets: Assets, steps: int, say: Ca
     say(f"{projector_type}: python -m llava.train.train, pretraining, {PRETRAIN_STEPS} steps")
     options = pretrain_arguments(assets.pretrain_data, assets.images, max_steps=PRETRAIN_STEPS)
     command = training_command(adapter, assets.llm, assets.tower, projector_type, **options)
-    run_command(command, folder / "pretrain.log", environment)
+    run_command(command, folder / "pretrain.log", environment, stop)
     say(f"{projector_type}: python -m llava.train.train, fine-tuning, {steps} steps")
     options = finetune_arguments(assets.finetune_data, assets.images, adapter / "mm_projector.bin", max_steps=steps)
     command = training_command(checkpoint, assets.llm, assets.tower, projector_type, **options)
-    run_command(command, folder / "finetune.log", environment)
+    run_command(command, folder / "finetune.log", environment, stop)
     return checkpoint
 
 
@@ -160,6 +170,28 @@ def _environment() -> dict[str, str]:
         # On several GPUs, the trainer would split batches among them; one is enough.
         return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // _workers()))}
+
+
+def _train_all(output: Path, assets: Assets, steps: int, say: Callable[[str], None]) -> dict[str, Path]:
+    """Every type's checkpoint. The first failure stops the other runs, and so does Ctrl-C.
+
+    Raises:
+        TrainingFailed: says of which type.
+    """
+    folders = {name: output / name.replace(":", "-").replace("=", "-") for name in TYPES}
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(_workers())
+    try:
+        runs = {name: pool.submit(train, name, folder, assets, steps, say, stop) for name, folder in folders.items()}
+        ended, _ = wait(runs.values(), return_when=FIRST_EXCEPTION)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    for name, run in runs.items():
+        error = run.exception() if run in ended else None
+        if isinstance(error, (OSError, TrainingFailed)):
+            raise TrainingFailed(f"{name} failed: {error}") from error
+    return {name: run.result() for name, run in runs.items()}
 
 
 def demo(output: Path, steps: int) -> int:
@@ -176,19 +208,16 @@ def demo(output: Path, steps: int) -> int:
     say(f"tiny CLIP, LLM and data in {output} ({where})")
     try:
         assets = Assets.make(output)
-    except ValueError as error:
+    except (OSError, SafetensorError, ValueError) as error:
         print(f"cannot run the demo: {error}", file=sys.stderr)
         return 1
-    folders = {name: output / name.replace(":", "-").replace("=", "-") for name in TYPES}
-    with ThreadPoolExecutor(_workers()) as pool:
-        runs = {name: pool.submit(train, name, folder, assets, steps, say) for name, folder in folders.items()}
+    try:
+        checkpoints = _train_all(output, assets, steps, say)
+    except TrainingFailed as failure:
+        say(str(failure))
+        return 1
     rows = []
-    for name, finished in runs.items():
-        try:
-            checkpoint = finished.result()
-        except TrainingFailed as failure:
-            say(f"{name} failed: {failure}")
-            return 1
+    for name, checkpoint in checkpoints.items():
         say(f"{name}: load_pretrained_model, generate")
         with contextlib.redirect_stdout(io.StringIO()):
             answer = ask(checkpoint, assets.images / "flower.jpg")
@@ -222,4 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo; what it lacks is said before anything is written."""
     photographs()
-    return demo(arguments.output, arguments.steps)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs as Ctrl-C does
+    try:
+        return demo(arguments.output, arguments.steps)
+    finally:
+        signal.signal(signal.SIGTERM, before)

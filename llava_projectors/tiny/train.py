@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +78,37 @@ class TrainingFailed(RuntimeError):
     """LLaVA's script ended with an error; the message holds the end of its output."""
 
 
-def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> str:
+def run(
+    command: list[str], log: Path, environment: dict[str, str] | None = None, stop: threading.Event | None = None
+) -> str:
     """Run a command to its end, keep its output in `log`, and return it.
 
+    Args:
+        command: program and arguments.
+        log: file for what it prints; folders are made.
+        environment: variables beside those of this process.
+        stop: ends the command when it is set. Ctrl-C reaches the main thread only, so that has to tell the others.
+
     Raises:
-        TrainingFailed: a non-zero exit status.
+        TrainingFailed: a non-zero exit status, or it was stopped.
     """
+    stop = stop or threading.Event()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        status = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "TRANSFORMERS_OFFLINE": "1", **(environment or {})},
-        ).returncode
-    return output_of(log, status)
+        )
+        try:
+            while process.poll() is None and not stop.wait(0.1):
+                pass
+        finally:
+            process.kill()  # does nothing when it has ended
+            process.wait()
+    return output_of(log, process.returncode)
 
 
 def output_of(log: Path, status: int) -> str:
@@ -101,6 +118,8 @@ def output_of(log: Path, status: int) -> str:
         TrainingFailed: a non-zero exit status.
     """
     output = log.read_text()
+    if status and (full := os.strerror(errno.ENOSPC)) in output:
+        raise TrainingFailed(f"{full}: {log.parent}; the whole output is in {log}")
     if status:
         lines = output.splitlines()
         # A launcher of ranks writes a report of its own below the error of a rank.

@@ -140,6 +140,8 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
         raise ValueError(f"{path} has a projector of type {kind!r}, none of ours; `llava-projectors list` shows them")
     if "llava" not in name.lower():
         raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'llava': rename the folder")
+    if "mpt" in name.lower() and config.get("model_type") != "llava_mpt":
+        raise ValueError(f"LLaVA's loader takes {name!r} for an MPT, because it contains 'mpt': rename the folder")
     if Path(path).is_dir():
         _check_weights(Path(path), base, name)
 

@@ -14,6 +14,7 @@ from llava_projectors.commands.show.models import random_model, trained_model
 from llava_projectors.commands.show.page import page
 from llava_projectors.commands.show.picture import read_picture
 from llava_projectors.commands.show.view import make_view
+from llava_projectors.commands.writing import whole_file
 
 DESCRIPTION = (
     "Writes a PNG: the picture as the model receives it, with its patch grid, and for six visual tokens, or those of "
@@ -56,10 +57,12 @@ def show(
     model = random_model(type_string or "saep", patch_num) if path is None else trained_model(path, base, patch_num)
     if is_page:
         view = make_view(model, picture)
-        target.write_text(page(view), encoding="utf-8")
+        with whole_file(target) as file:
+            file.write_text(page(view), encoding="utf-8")
     else:
         view = make_view(model, picture, tokens)
-        draw(view).savefig(target, dpi=100)
+        with whole_file(target) as file:
+            draw(view).savefig(file, dpi=100)
     return view.title
 
 
@@ -70,6 +73,8 @@ def check_target(target: Path, image: Path) -> None:
     endings = [PAGE, *(f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes()))]
     if target.is_dir():
         raise ValueError(f"--output {target} is a folder: name a file in it, such as {target / 'tokens.png'}")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"--output {target} is a device or a pipe, no file")
     if not target.parent.is_dir():
         raise ValueError(f"--output {target} would lie in a folder that does not exist: make {target.parent} first")
     if not os.access(target if target.exists() else target.parent, os.W_OK):
