@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 import llava_projectors
 from llava_projectors.commands.cli import main
+from llava_projectors.commands.demo import Assets
 from llava_projectors.tiny.train import TrainingFailed, run
 
 COMMAND = str(Path(sys.executable).with_name("llava-projectors"))
@@ -207,6 +208,13 @@ def wait_for_children(process):
     return children
 
 
+def test_the_demos_checkpoints_name_their_tower_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assets = Assets.make(Path("tiny"))
+    assert assets.tower == tmp_path / "tiny" / "clip"
+    assert assets.llm == Path("tiny/vicuna")  # as given: LLaVA's script looks for `mpt` in the whole path
+
+
 def test_the_first_type_that_fails_stops_the_others(tmp_path, monkeypatch, capsys):
     def train(projector_type, folder, assets, steps, say, stop):
         if projector_type == "saep":
@@ -248,8 +256,10 @@ def test_a_disk_that_fills_while_training_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_the_demo_trains_asks_and_prints_a_row_for_each_type(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("llava_projectors.commands.demo.TYPES", ("mlp2x_gelu", "saep"))
-    assert main(["demo", "--steps", "2", "--output", str(tmp_path / "tiny")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--steps", "2", "--output", "tiny"]) == 0
     out = capsys.readouterr().out
+    cli("check", "--model-path", str(tmp_path / "tiny" / "saep" / "llava"))  # from another folder
     for name, tokens, sequence in (("mlp2x_gelu", 144, 295), ("saep", 36, 187)):
         assert re.search(rf"^{name} +{tokens} +{sequence} +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ ", out, re.MULTILINE), out
 

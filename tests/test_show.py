@@ -156,6 +156,13 @@ def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, capsys, no_
         ),
         ("mine", {"mm_projector_type": "saep"}, [], None, "'mine' lacks 'llava': rename the folder"),
         ("llava-prompts", {"mm_projector_type": "saep"}, [], None, "takes 'llava-prompts' for an MPT"),
+        (
+            "llava-g",
+            {"mm_projector_type": "saep", "mm_vision_tower": "runs/demo/clip"},
+            ["model.safetensors"],
+            None,
+            "llava-g has mm_vision_tower 'runs/demo/clip' in its config.json, which is no folder here",
+        ),
         ("llava-a", {"mm_projector_type": "saep"}, ["mm_projector.bin"], None, "pass --model-base"),
         ("llava-b", {"mm_projector_type": "saep"}, ["adapter_config.json"], "own/vicuna", "'llava-b' lacks 'lora'"),
         ("llava-c", {"mm_projector_type": "saep"}, [], None, "has no weights"),

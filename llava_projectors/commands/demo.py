@@ -129,7 +129,8 @@ class Assets:
         llm = folder / "vicuna"
         check_llm_path(llm)
         pretrain_data, finetune_data = make_dataset(folder / "data")
-        tower = make_vision_tower(folder / "clip", patch_size=28)
+        # LLaVA writes the tower's path into each checkpoint, and the LLM's path nowhere that is read.
+        tower = make_vision_tower(folder.absolute() / "clip", patch_size=28)
         make_llm(llm, hidden_size=160, num_layers=2)
         return cls(tower, llm, pretrain_data, finetune_data, folder / "data" / "images")
 

@@ -142,6 +142,9 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
         raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'llava': rename the folder")
     if "mpt" in name.lower() and config.get("model_type") != "llava_mpt":
         raise ValueError(f"LLaVA's loader takes {name!r} for an MPT, because it contains 'mpt': rename the folder")
+    tower = str(config.get("mm_vision_tower"))
+    if "/" in tower and not Path(tower).is_dir() and HUB_NAME.fullmatch(tower) is None:
+        raise ValueError(f"{path} has mm_vision_tower {tower!r} in its config.json, which is no folder here")
     if Path(path).is_dir():
         _check_weights(Path(path), base, name)
 
