@@ -53,7 +53,7 @@ class Model:
         return pixels
 
 
-def random_model(type_string: str, patch_num: Optional[int] = None, width: int = 64, hidden_size: int = 128) -> Model:
+def random_model(type_string: str, patch_num: Optional[int] = None, width: int = 64, hidden_size: int = 16) -> Model:
     """A CLIP of ViT-L/14-336's depth and grid and a projector, narrow and with random weights.
 
     Args:

@@ -9,18 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+from PIL.Image import Image
+
 from llava_projectors.commands.show.draw import draw
-from llava_projectors.commands.show.models import random_model, trained_model
+from llava_projectors.commands.show.models import Model, random_model, trained_model
 from llava_projectors.commands.show.page import page
 from llava_projectors.commands.show.picture import read_picture
 from llava_projectors.commands.show.view import make_view
 from llava_projectors.commands.writing import whole_file
 
 DESCRIPTION = (
-    "Writes a PNG: the picture as the model receives it, with its patch grid, and for six visual tokens, or those of "
-    "--token, the patches that went into them: TokenPacker's attention weights, the effective receptive field of other "
-    "types. With --html, or an --output that ends in .html, writes a page in one file instead: pointing at a token "
-    "shows its patches, pointing at a patch the tokens that take it. With --model-path, needs LLaVA."
+    "Writes a PNG for each picture: the picture as the model receives it, with its patch grid, and for six visual "
+    "tokens, or those of --token, the patches that went into them: TokenPacker's attention weights, the effective "
+    "receptive field of other types. With --html, or an --output that ends in .html, writes a page in one file "
+    "instead: pointing at a token shows its patches, pointing at a patch the tokens that take it. With --model-path, "
+    "needs LLaVA."
 )
 PAGE = ".html"
 
@@ -49,45 +52,49 @@ def show(
         ValueError: a token that does not exist, a checkpoint without a projector of ours, a bad type string or target.
         OSError: the picture or the checkpoint cannot be read, the target cannot be written.
     """
-    is_page = target.suffix.lower() == PAGE
-    if is_page and tokens:
-        raise ValueError("a page has every token: leave --token out")
-    check_target(target, image)
+    check_target(target, image, tokens)
     picture = read_picture(image)
-    model = random_model(type_string or "saep", patch_num) if path is None else trained_model(path, base, patch_num)
-    if is_page:
-        view = make_view(model, picture)
-        with whole_file(target) as file:
+    return write(_model(type_string, path, base, patch_num), picture, target, tokens)
+
+
+def _model(type_string: Optional[str], path: Optional[str], base: Optional[str], patch_num: Optional[int]) -> Model:
+    return random_model(type_string or "saep", patch_num) if path is None else trained_model(path, base, patch_num)
+
+
+def write(model: Model, picture: Image, target: Path, tokens: Sequence[int]) -> str:
+    """Write the drawing or the page of one picture; returns its title."""
+    is_page = target.suffix.lower() == PAGE
+    view = make_view(model, picture, None if is_page else tokens)
+    with whole_file(target) as file:
+        if is_page:
             file.write_text(page(view), encoding="utf-8")
-    else:
-        view = make_view(model, picture, tokens)
-        with whole_file(target) as file:
+        else:
             draw(view).savefig(file, dpi=100)
     return view.title
 
 
-def check_target(target: Path, image: Path) -> None:
-    """Raise a ValueError unless a drawing or a page can be written there."""
+def check_target(target: Path, image: Path, tokens: Sequence[int]) -> None:
+    """Raise a ValueError unless a drawing of these tokens, or a page, can be written there."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     endings = [PAGE, *(f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes()))]
-    if target.is_dir():
-        raise ValueError(f"--output {target} is a folder: name a file in it, such as {target / 'tokens.png'}")
     if target.exists() and not target.is_file():
-        raise ValueError(f"--output {target} is a device or a pipe, no file")
+        raise ValueError(f"--output {target} is a folder, a device or a pipe, no file")
     if not target.parent.is_dir():
         raise ValueError(f"--output {target} would lie in a folder that does not exist: make {target.parent} first")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
+    if not os.access(target.parent, os.W_OK):
         raise ValueError(f"--output {target} cannot be written: no permission")
     if target.suffix.lower() not in endings:
         raise ValueError(f"--output {target} must end in one of {', '.join(endings)}")
     if target.exists() and image.exists() and target.samefile(image):
         raise ValueError(f"--output {target} would overwrite the picture itself: name another file")
+    if target.suffix.lower() == PAGE and tokens:
+        raise ValueError("a page has every token: leave --token out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors show`."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="picture of any size and kind")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture of any size and kind")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--type", help="a type string, with random weights (saep); the picture is cropped to its central square"
@@ -105,42 +112,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
     parser.add_argument("--html", action="store_true", help="write a page with every token")
-    parser.add_argument("--output", type=Path, help="file to write (tokens.png; with --html tokens.html)")
+    parser.add_argument(
+        "--output", type=Path, help="file to write, or folder (IMAGE-tokens.png; with --html IMAGE-tokens.html)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw the maps of visual tokens; status 1 with the reason when they cannot be."""
+    image = arguments.images[0]
     try:
-        target = target_of(arguments)
-        title = show(
-            arguments.image,
-            target,
-            arguments.type,
-            arguments.model_path,
-            arguments.model_base,
-            arguments.token,
-            arguments.tiles,
-        )
+        targets = targets_of(arguments)
+        pictures = {}
+        for image, target in targets.items():
+            check_target(target, image, arguments.token)
+            pictures[image] = read_picture(image)
+        model = _model(arguments.type, arguments.model_path, arguments.model_base, arguments.tiles)
+        for image, target in targets.items():
+            print(write(model, pictures[image], target, arguments.token))
+            print(f"Written to {target.resolve()}", flush=True)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]  # transformers makes several
-        print(f"cannot show {arguments.image}: {first_line}", file=sys.stderr)
+        print(f"cannot show {image}: {first_line}", file=sys.stderr)
         return 1
-    print(title)
-    print(f"Written to {target.resolve()}")
     return 0
 
 
-def target_of(arguments: argparse.Namespace) -> Path:
-    """The file to write.
+def targets_of(arguments: argparse.Namespace) -> dict[Path, Path]:
+    """Picture -> the file to write.
 
     Raises:
         ValueError: two arguments contradict each other.
     """
     ending = PAGE if arguments.html else ".png"
-    output = arguments.output or Path("tokens")
-    target = output if output.suffix or output.is_dir() else output.with_name(output.name + ending)
-    if arguments.html and target.suffix.lower() not in ("", PAGE):
-        raise ValueError(f"--html writes a page, and --output {target} is none")
+    output = arguments.output or Path()
+    if output.is_dir():
+        targets = {image: output / f"{image.stem}-tokens{ending}" for image in arguments.images}
+    else:
+        target = output if output.suffix else output.with_name(output.name + ending)
+        targets = dict.fromkeys(arguments.images, target)
+    for target in targets.values():
+        if arguments.html and target.suffix.lower() not in ("", PAGE):
+            raise ValueError(f"--html writes a page, and --output {target} is none")
+        if list(targets.values()).count(target) > 1:
+            raise ValueError(f"two pictures would be written to {target}: name a folder for each, or one at a time")
     if arguments.model_base is not None and arguments.model_path is None:
         raise ValueError("--model-base belongs to a --model-path")
-    return target
+    return targets
