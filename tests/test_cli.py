@@ -268,8 +268,8 @@ def test_the_demo_trains_asks_and_prints_a_row_for_each_type(tmp_path, monkeypat
     ("command", "missing", "remedy"),
     [
         (["demo"], "sklearn", "install 'scikit-learn'"),
-        (["demo"], "transformers", "install 'transformers<4.41,>=4.31'"),
-        (["check", "saep", "--vision-tower", "x"], "transformers", "install 'transformers<4.41,>=4.31'"),
+        (["demo"], "transformers", "install 'transformers<4.38,>=4.36'"),
+        (["check", "saep", "--vision-tower", "x"], "transformers", "install 'transformers<4.38,>=4.36'"),
         (["show", "x.png"], "PIL", "install 'pillow'"),
         (["show", "x.png"], "matplotlib", "install 'matplotlib'"),
         (["list"], "torch", "install --force-reinstall torch"),

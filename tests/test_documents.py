@@ -1,5 +1,6 @@
 """What the documents point at is there, and their figures are those that were measured."""
 
+import configparser
 import re
 import statistics
 import sys
@@ -15,6 +16,7 @@ from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
 from llava_projectors.commands.cli import main
+from llava_projectors.commands.doctor import TESTED
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = "".join((ROOT / "benchmarks" / name).read_text() for name in ("README.md", "speed/README.md"))
@@ -40,6 +42,21 @@ def anchors(path):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"`python (?:-m )?([^\s`]*benchmarks[^\s`]*)", BENCHMARKS))))
 def test_a_benchmark_starts_as_its_readme_says(module):
     assert "usage: " in warm.run([sys.executable, "-m", module, "--help"], cwd=ROOT).stdout
+
+
+def test_one_range_of_versions_is_tested():
+    """In what pip reads, in doctor, and in the documents."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    tried = {name: " to ".join(ends) for name, ends in TESTED.items()}
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    assert "Python {python}, torch {torch} and transformers {transformers} were tried".format(**tried) in text
+    lowest = {name: ends[0] for name, ends in TESTED.items()}
+    assert setup["options"]["python_requires"] == f">={lowest['python']}"
+    assert f"torch>={lowest['torch']}" in setup["options"]["install_requires"].split()
+    next_one = "4.{}".format(int(TESTED["transformers"][1].partition(".")[2]) + 1)
+    bounds = f"transformers>={lowest['transformers']},<{next_one}"
+    assert bounds in setup["options.extras_require"]["viz"].split()
 
 
 def test_the_readme_is_short():

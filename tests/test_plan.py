@@ -1,6 +1,7 @@
 """The calculator against peaks that the benchmark measured."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,17 @@ def test_activations_of_a_real_step():
         kept[out.logits.untyped_storage().data_ptr()] = out.logits.untyped_storage().nbytes()
         counted = activation_bytes(llm, positions, train_llm=True, bytes_each=4, checkpointing=False)
         assert sum(kept.values()) == pytest.approx(counted, rel=0.15)
+
+
+def test_what_does_not_fit_is_said(capsys):
+    assert main(["plan", "--memory", "30"]) == 0
+    fits = capsys.readouterr().out
+    assert main(["plan", "--memory", "8", "--type", "saep"]) == 1
+    stock, saep = capsys.readouterr().out.splitlines()[-2:]
+    assert "does not fit" not in fits
+    assert stock.startswith("mlp2x_gelu does not fit: ")
+    assert re.fullmatch(
+        r"saep does not fit: 1\d\.\d GiB for weights, gradients and optimizer states and 0\.\d\d GiB for a sequence, "
+        r"in nine tenths of 8 GB",
+        saep,
+    )

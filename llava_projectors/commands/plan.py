@@ -21,7 +21,7 @@ from llava_projectors.spec import ProjectorSpecError
 
 DESCRIPTION = (
     "Counts what a training step of CLIP-L and an LLM takes on each GPU with DeepSpeed's ZeRO in bfloat16, how many "
-    "sequences fit, and what is sent. Counted, not measured."
+    "sequences fit, and what is sent. Counted, not measured. Exit status 1: of a type asked for, not one sequence fits."
 )
 STOCK = "mlp2x_gelu"
 GIB = 2**30
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan of LLaVA's own projector and of the types asked for."""
+    """Print the plan of LLaVA's own projector and of the types asked for; status 1 where one of these does not fit."""
     try:
         plans = [
             plan(
@@ -211,4 +211,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     print_plan(plans)
-    return 0
+    for p in plans:
+        if p.batch == 0:
+            print(
+                f"{p.type_string} does not fit: {p.resident / GIB:.1f} GiB for weights, gradients and optimizer states "
+                f"and {p.per_sample / GIB:.2f} GiB for a sequence, in nine tenths of {arguments.memory:g} GB"
+            )
+    return 0 if all(p.batch for p in plans[1:]) else 1
