@@ -24,12 +24,18 @@ CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 # For forks: a folder of checkouts, named as in tests/forks/table.py. Packages go to .forks, 1 GB or so.
 FORKS ?= ../forks
 
+# For test-next: code of LLaVA-NeXT's family, which the registry has, with the transformers that it wants.
+NEXT := .venv-next
+NEXT_STAMP := $(NEXT)/.installed
+NEXT_PACKAGES := llavaction==0.0.1 transformers==4.41.2 tokenizers==0.19.1
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
 # The tests of a file run in one process, because they share what its fixtures made. tests/conftest.py has the order.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
-.PHONY: check-cuda check-export check-export-on check-vllm demo test test-transformers run-on-transformers lint bench forks smoke test-all clean
+.PHONY: check-cuda check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -37,8 +43,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
-test-all: $(STAMP)
+test-all: $(STAMP) test-next
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+test-next: export HF_HUB_OFFLINE = 1
+test-next: export LLAVA_NEXT_PACKAGE = llavaction
+test-next: export LLAVA_PROJECTORS_PACKAGES = llavaction
+test-next: $(NEXT_STAMP)
+	$(NEXT)/bin/python -m pytest $(SIDE_BY_SIDE) tests/next
 
 smoke: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(SMOKE_TESTS)
@@ -79,6 +91,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compile.log || true
 	touch $@
 
+# Everything but these few packages comes from .venv, which stands behind them on the path.
+$(NEXT_STAMP): $(STAMP)
+	rm -rf $(NEXT)
+	$(PYTHON) -m venv --without-pip $(NEXT)
+	$(PIP) --python $(NEXT)/bin/python install -q --no-compile --no-deps $(NEXT_PACKAGES)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$($(NEXT)/bin/python $(SITE_PACKAGES))/venv.pth
+	touch $@
+
 $(EXPORT_RUN): $(STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new
 	rm -rf $@
@@ -112,4 +132,4 @@ check-vllm: $(EXPORT_RUN)
 	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py
 
 clean:
-	rm -rf $(VENV) .forks $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) .forks $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info

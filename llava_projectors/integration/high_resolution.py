@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llava_projectors import slicing
+from llava_projectors.integration import layout
 from llava_projectors.integration.gate import Package
 from llava_projectors.integration.image_processor import tile_side
 from llava_projectors.integration.log import log, logger
@@ -210,6 +211,7 @@ def initialize_vision_tokenizer(original: Function, package: Package, model: Any
     result = original(model, *args, **kwargs)
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     complete(model, arguments["tokenizer"])
+    layout.announce(model)
     return result
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llava_projectors import registry
-from llava_projectors.integration import high_resolution, record, weights
+from llava_projectors.integration import high_resolution, layout, record, weights
 from llava_projectors.integration.gate import Package, is_our_type
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
@@ -166,6 +166,7 @@ def load_model(original: Function, package: Package, model_path: Any, *args: Any
         if isinstance(value, nn.Module):
             weights.check_complete(value, str(model_path))
             high_resolution.complete(value, tokenizer=loaded[0])
+            layout.announce(value)
     return loaded
 
 
