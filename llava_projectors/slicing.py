@@ -213,3 +213,8 @@ def to_tiles(canvas: torch.Tensor, side: int = 336) -> list[torch.Tensor]:
     if len(places) > 1:
         places.append((rows, 0))
     return [canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side] for row, column in places]
+
+
+def to_whole(canvas: torch.Tensor, side: int = 336) -> torch.Tensor:
+    """The one tile of a canvas that shows the whole picture: its thumbnail, a view [3, side, side]."""
+    return to_tiles(canvas, side)[-1]

@@ -37,10 +37,14 @@ class CanvasBatch:
 
     Attributes:
         places: for each `<image>` of the batch its canvases [3, H, W], one as a rule.
+        uncut: the places whose pictures are seen whole, one tile each: frames of a video, several pictures of a sample.
+        videos: those of them that are frames of a video.
         ndim: what LLaVA asks of a batch of plain pictures.
     """
 
     places: list[list[torch.Tensor]]
+    uncut: frozenset[int] = frozenset()
+    videos: frozenset[int] = frozenset()
     ndim: ClassVar[int] = 4
 
 
@@ -120,15 +124,32 @@ def to_canvas_batch(images: Any) -> CanvasBatch:
     return CanvasBatch([[image] if image.ndim == 3 else list(image) for image in images])
 
 
+def places_of(input_ids: torch.Tensor, image_token: int) -> list[int]:
+    """The number of places in each place's sample: a sample has as many as `<image>` tokens, or one without any.
+
+    Example:
+        >>> places_of(torch.tensor([[-200, 1], [1, 2], [-200, -200]]), -200)
+        [1, 1, 2, 2]
+    """
+    counts = [max(1, count) for count in (input_ids == image_token).sum(1).tolist()]
+    return [count for count in counts for _ in range(count)]
+
+
 def encode(model: Any, batch: CanvasBatch) -> list[torch.Tensor]:
     """The input embeddings of each place: tokens of each tile, followed by a separator.
+
+    The frames of a video are pooled as the model's class pools them, and have no separators.
 
     Returns:
         for each place [positions, D].
     """
     tower, projector = find_tower(model), model.get_model().mm_projector
     side = tile_side(tower.image_processor)
-    canvases = [canvas for place in batch.places for canvas in place]
+    canvases = [
+        slicing.to_whole(canvas, side) if number in batch.uncut else canvas
+        for number, place in enumerate(batch.places)
+        for canvas in place
+    ]
     found = [slicing.canvas_grid(canvas, side) for canvas in canvases]
     tiles = [tile for canvas in canvases for tile in slicing.to_tiles(canvas, side)]
     tokens = encode_tiles(tower, projector, tiles, tower.slicing.chunk_size)
@@ -140,7 +161,25 @@ def encode(model: Any, batch: CanvasBatch) -> list[torch.Tensor]:
     sequence = torch.cat([tokens, separators[:, None]], dim=1)
     counts = iter(map(slicing.tile_count, found))
     lengths = [sum(next(counts) for _ in place) for place in batch.places]
-    return [tiles_of_place.flatten(0, 1) for tiles_of_place in sequence.split(lengths)]
+    places = list(sequence.split(lengths))
+    for video in batch.videos:
+        places[video] = pool_frames(model, tokens.split(lengths)[video])
+    return [tiles_of_place.flatten(0, 1) for tiles_of_place in places]
+
+
+def pool_frames(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens of a video's frames, [frames, M, D], as LLaVA-NeXT's own code pools them.
+
+    Raises:
+        ProjectorSpecError: the model's class has no such method.
+    """
+    if not hasattr(model, "get_2dPool"):
+        raise ProjectorSpecError(
+            f"image_aspect_ratio {slicing.NAME!r} cannot be used with videos and {type(model).__name__}, which has no "
+            "get_2dPool to pool their frames; pass --image_aspect_ratio pad"
+        )
+    pooled: torch.Tensor = model.get_2dPool(tokens)
+    return pooled
 
 
 def encode_tiles(tower: Any, projector: Any, tiles: list[torch.Tensor], chunk_size: int) -> torch.Tensor:
@@ -221,8 +260,18 @@ def prepare_inputs(original: Function, package: Package, model: Any, *args: Any,
     if not isinstance(tower, ReducedTower) or tower.slicing is None:
         return original(model, *args, **kwargs)
     bound = inspect.signature(original).bind(model, *args, **kwargs)
-    if bound.arguments.get("images") is not None:
-        bound.arguments["images"] = to_canvas_batch(bound.arguments["images"])
+    bound.apply_defaults()
+    arguments = bound.arguments
+    images, kinds = arguments.get("images"), arguments.get("modalities")
+    if images is not None:
+        arguments["images"] = batch = to_canvas_batch(images)
+        if kinds is not None:  # LLaVA-NeXT, which cuts neither frames nor several pictures of a sample
+            several = places_of(arguments["input_ids"], inspect.unwrap(original).__globals__["IMAGE_TOKEN_INDEX"])
+            batch.uncut = frozenset(number for number, count in enumerate(several) if count > 1)
+            if isinstance(images, list) or images.ndim == 5:  # else it takes each frame for a picture
+                kinds = [kinds] if isinstance(kinds, str) else kinds
+                batch.videos = frozenset(number for number, kind in enumerate(kinds) if kind == "video")
+                batch.uncut |= batch.videos
     return original(*bound.args, **bound.kwargs)
 
 

@@ -34,9 +34,14 @@ class SlicingProcessor:
         """Pictures, one or a list -> `pixel_values`: their canvases, [B, 3, H, W] or a list of [3, H, W].
 
         Whole pictures of any mode and size, PIL or uint8 [height, width, 3]. Always tensors, as LLaVA asks.
+        The frames of a video, one array [frames, height, width, 3], are not cut: [frames, 3, side, side] by
+        the processor's own class.
         """
         from transformers import BatchFeature
 
+        if getattr(images, "ndim", None) == 4:
+            own: Any = super()
+            return own.preprocess(images, return_tensors="pt")
         pictures = images if isinstance(images, (list, tuple)) else [images]
         canvases: Any = [self.to_canvas(picture) for picture in pictures]
         if all(canvas.shape == canvases[0].shape for canvas in canvases):
