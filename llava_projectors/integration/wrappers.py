@@ -37,6 +37,10 @@ from llava_projectors.spec import ProjectorSpecError
 Function = Callable[..., Any]
 Arguments = Mapping[str, Any]  # of a call, by name
 
+# An attribute of the script's arguments: a tower that was built to be looked at and goes to the next call of its
+# builder, because a tower that is trained loads its weights at once, whatever `delay_load` says.
+_SEEN_TOWER = "_seen_vision_tower"
+
 
 def build_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
     """For `build_vision_projector(config, delay_load=False, **kwargs)`."""
@@ -61,12 +65,18 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
     package.check_patched()
     resolved = registry.resolve(cfg.mm_projector_type, cfg)
     # The tower's config is enough for every check, so the weights wait until all have passed.
+    load_now = not kwargs.pop("delay_load", False)
+    seen = vars(cfg).pop(_SEEN_TOWER, None)
+    if seen is not None and not (args or kwargs):
+        if load_now and not seen.is_loaded:
+            seen.load_model()
+        return seen
     try:
-        tower = original(cfg, *args, **{**kwargs, "delay_load": True})
+        tower = original(cfg, *args, delay_load=True, **kwargs)
     except Exception:  # some forks' towers are not prepared to wait; a real error comes again
         tower = original(cfg, *args, **kwargs)
     convert_tower(tower, resolved, cfg)
-    if not kwargs.get("delay_load") and not getattr(tower, "is_loaded", True):
+    if load_now and not getattr(tower, "is_loaded", True):
         tower.load_model()
     return tower
 
@@ -230,7 +240,10 @@ def check_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
     if path is None or not os.path.isfile(path):  # a missing file is LLaVA's to report
         return
     type_string = model_args.mm_projector_type
-    tower = find_tower(model) or build_tower(model_args, delay_load=True)
+    tower = find_tower(model)
+    if tower is None:
+        tower = build_tower(model_args, delay_load=True)
+        setattr(model_args, _SEEN_TOWER, tower)
     resolved = registry.resolve(type_string, model.config)
     with torch.device("meta"):
         projector = resolved.build(tower.hidden_size, model.config.hidden_size)
