@@ -18,6 +18,7 @@ import torch
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.tensors import checkpoint_tensors
+from llava_projectors.integration.loader import load, name_for
 from llava_projectors.registry import projector_class
 
 Case = dict[str, Any]
@@ -53,14 +54,12 @@ def load_llava(source: str, base: Optional[str]) -> tuple[Any, Any, Any]:
         ExportError: LLaVA is not installed.
     """
     try:
-        from llava.model.builder import load_pretrained_model
+        tokenizer, model, processor = load(source, base, name_for(source), "cpu")
     except ImportError as error:
         raise ExportError(
             f"--verify compares with LLaVA, which cannot be imported here: {error}. Export without it, or run it in "
             "LLaVA's environment"
         ) from error
-    name = "llava-lora" if (Path(source) / "adapter_config.json").is_file() else "llava"
-    tokenizer, model, processor, _ = load_pretrained_model(source, base, name, device="cpu", device_map="cpu")
     model.float().eval()
     model.get_vision_tower().float()
     for module in model.modules():

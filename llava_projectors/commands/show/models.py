@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava_projectors import registry
 from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
+from llava_projectors.integration.loader import load
 from llava_projectors.integration.log import log
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.registration import LLAVA_TYPES
@@ -105,12 +106,11 @@ def trained_model(path: str, base: Optional[str], patch_num: Optional[int] = Non
         OSError: a file is missing.
     """
     from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
 
     name = get_model_name_from_path(path)
     check_checkpoint(path, base, name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _, model, processor, _ = load_pretrained_model(path, base, name, device=device, device_map=device)
+    _, model, processor = load(path, base, name, device)
     projector = model.get_model().mm_projector
     tower = model.get_vision_tower().float()
     if patch_num is not None:

@@ -1,0 +1,46 @@
+"""LLaVA's own loader, called as a fork of it has to be called to put a whole model on one device."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, Optional
+
+
+def load(source: str, base: Optional[str], name: str, device: str) -> tuple[Any, Any, Any]:
+    """Tokenizer, model and image processor of a checkpoint.
+
+    LLaVA-NeXT's loader takes no device, moves its tower to CUDA unless `device_map` is `auto`, and asks for flash
+    attention unless it is told otherwise.
+
+    Args:
+        source: folder or hub name of the checkpoint.
+        base: its base model, if any.
+        name: by which the loader chooses a class.
+        device: `cpu` or `cuda`.
+
+    Raises:
+        ImportError: LLaVA is not installed.
+    """
+    from llava.model.builder import load_pretrained_model
+
+    parameters = inspect.signature(load_pretrained_model).parameters
+    where = {"device": device, "device_map": device} if "device" in parameters else {"device_map": "auto"}
+    if "attn_implementation" in parameters:
+        where["attn_implementation"] = "sdpa"
+    tokenizer, model, processor, *_ = load_pretrained_model(source, base, name, **where)
+    return tokenizer, model.to(device), processor
+
+
+def name_for(source: str) -> str:
+    """A name by which LLaVA's loader chooses the class that a checkpoint's config.json names, whatever its folder is.
+
+    Args:
+        source: folder or hub name of the checkpoint.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source)
+    model_type = str(config.get("model_type"))
+    name = model_type if "llava" in model_type else "llava"
+    return f"{name}-lora" if os.path.isfile(os.path.join(source, "adapter_config.json")) else name
