@@ -20,7 +20,12 @@ from llava_projectors.commands.doctor import TESTED
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = "".join((ROOT / "benchmarks" / name).read_text() for name in ("README.md", "speed/README.md"))
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/README.md"), *ROOT.glob("patches/*.md")]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("benchmarks/**/README.md"),
+    *ROOT.glob("patches/*.md"),
+]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
