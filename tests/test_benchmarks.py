@@ -27,12 +27,10 @@ SIDE, WIDTH, HIDDEN = 12, 256, 48
 SAEP_OPTIONS = (
     "order=depthwise_first",
     "inner_size=40",
-    "blocks_before=0,blocks_after=2,dilations=1+2",
-    "level_kernel=3",
+    "blocks_before=0,blocks_after=2",
     "level_norm=none",
-    "gate=softmax,level_kernel=5,stride=3",
-    "order=depthwise_first,level_kernel=3,blocks_after=1",
-    "readout_size=80,positions=sine",
+    "order=depthwise_first,blocks_after=1",
+    "readout_size=80",
 )
 
 

@@ -93,7 +93,7 @@ class AutocastOfCuda(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(
-    "projector_type", [*TYPES, *BASELINES, "saep:gate=softmax,positions=sine", "saep:level_kernel=3,stride=3"]
+    "projector_type", [*TYPES, *BASELINES, "saep:readout_size=24", "saep:level_norm=none,stride=3"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])

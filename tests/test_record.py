@@ -27,11 +27,7 @@ OPTIONS = {
     "inner_size": 32,
     "blocks_before": 1,
     "blocks_after": 4,
-    "dilations": [1],
     "level_norm": "layer",
-    "level_kernel": 0,
-    "gate": "none",
-    "positions": "none",
     "readout_size": 80,
 }
 

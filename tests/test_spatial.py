@@ -523,7 +523,7 @@ def test_every_type_has_a_learning_rate_that_was_tried():
 
 
 def test_options_of_a_type_are_replaced_and_sorted():
-    name = study.with_options("saep:stride=3,layers=4+7,gate=softmax", layers=(7,), gate=None, blocks_after=2)
+    name = study.with_options("saep:stride=3,layers=4+7,shortcut=none", layers=(7,), shortcut=None, blocks_after=2)
     assert name == "saep:blocks_after=2,layers=7,stride=3"
 
 

@@ -16,7 +16,6 @@ import torch
 from benchmarks.speed.candidates import NAIVE, STOCK, Subject
 from llava_projectors import registry
 from llava_projectors.projectors.base import Projector
-from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate
 from llava_projectors.projectors.layers import DepthwiseConv2d
 from llava_projectors.projectors.saep import SAEP
 from llava_projectors.projectors.tokenpacker import TokenPacker
@@ -70,28 +69,14 @@ def saep(model: SAEP, num_patches_per_side: int) -> Flops:
     channels, inner = model.num_levels * model.mm_hidden_size, model.inner_size
     patches, tokens = num_patches_per_side**2, _tokens(model, num_patches_per_side)
     pointwise_first = model.order == "pointwise_first"
-    # Features have no gradient; what a learned layer made of them has one.
-    learned = any(True for _ in model.levels.parameters())
-    work = _levels(model, patches)
-    work += linear(patches if pointwise_first else tokens, channels, inner, input_grad=learned or not pointwise_first)
-    work += depthwise(tokens, model.depthwise, input_grad=learned or pointwise_first)
+    work = linear(patches if pointwise_first else tokens, channels, inner, input_grad=not pointwise_first)
+    work += depthwise(tokens, model.depthwise, input_grad=pointwise_first)
     for blocks, positions in ((model.before, patches), (model.after, tokens)):
         work += linear(positions, inner, inner) * len(blocks)
         for layer in blocks.modules():
             if isinstance(layer, DepthwiseConv2d):
                 work += depthwise(positions, layer)
     return work + linear(tokens, inner, model.readout_size) + linear(tokens, model.readout_size, model.hidden_size)
-
-
-def _levels(model: SAEP, patches: int) -> Flops:
-    """What is done to the features before they are aggregated."""
-    work = Flops()
-    for layer in model.levels:
-        if isinstance(layer, LevelConvolution):
-            work += depthwise(patches, layer.depthwise, input_grad=False)
-        elif isinstance(layer, LevelGate):
-            work += linear(patches, model.num_levels * model.mm_hidden_size, model.num_levels)
-    return work
 
 
 def tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:

@@ -61,8 +61,8 @@ class DepthwiseConv2d(nn.Conv2d):
     images of 24x24 patches and 1024 channels on two cores.
     """
 
-    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int, dilation: int = 1) -> None:
-        super().__init__(channels, channels, kernel_size, stride, padding, dilation, groups=channels)
+    def __init__(self, channels: int, kernel_size: int, *, stride: int, padding: int) -> None:
+        super().__init__(channels, channels, kernel_size, stride, padding, groups=channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> [B, C, H', W']."""

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from llava_projectors.projectors.base import Projector, middle_and_selected
-from llava_projectors.projectors.convolutions import LevelConvolution, LevelGate, LevelNorm, SeparableBlock
+from llava_projectors.projectors.convolutions import LevelNorm, SeparableBlock
 from llava_projectors.projectors.grid import average_regions, max_regions, pad_grid
-from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, sine_positions
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -35,11 +35,8 @@ class SAEP(Projector):
     `level_norm`: no layer outweighs another by its magnitude, as in COMM (arXiv 2310.08825);
     `blocks_before` and `blocks_after`: neighbours are mixed more than once, as in Honeybee (arXiv
     2312.06742); `shortcut=max`: what one patch of a region says is not diluted.
-    Off by default: `dilations`: the blocks see further, as mixed kernel sizes would (arXiv
-    1907.09595), at the cost of 3x3; `level_kernel`: each layer of the tower gets a spatial
-    filter of its own; `gate`: which layers matter may differ by place; `positions`: the convolution
-    alone tells a token only how near the border it is; `readout_size`: at stride 2 nearly half
-    of all operations are there.
+    For those who want it cheaper: `order=depthwise_first` aggregates on the reduced grid, and a
+    `readout_size` of half the LLM's width saves a quarter of all operations at stride 2.
 
     The defaults were chosen in a study on a controlled task, at two scales (benchmarks/spatial/README.md).
     There they are ahead of every other type of this package, and of the convolution alone, without
@@ -60,18 +57,12 @@ class SAEP(Projector):
         blocks_before: residual `SeparableBlock`s on the full grid, between aggregation and stride;
             default 1, with `depthwise_first` 0.
         blocks_after: the same on the reduced grid, before the norm.
-        dilations: of the 3x3 kernels in these blocks; several divide the channels among them.
         level_norm: `layer` normalises each layer of the tower by itself (`LevelNorm`), before everything
             else; or `none`.
-        level_kernel: side, an odd number, of a depthwise convolution beside a shortcut on all L*C
-            channels, behind `level_norm`; 0 for none.
-        gate: `softmax` weighs the layers at each patch by a learned score, equal at the start.
-        positions: `sine` adds `sine_positions` to what the readout reads.
         readout_size: inner width of the readout; default hidden_size.
 
     Raises:
-        ValueError: a kernel smaller than the stride, a size or dilation below 1, a negative or even
-            number where none can be, more dilations than channels, dilations without a block, or
+        ValueError: a kernel smaller than the stride, a size below 1, a negative number of blocks, or
             blocks before the stride where the layers are aggregated behind it.
     """
 
@@ -96,55 +87,31 @@ class SAEP(Projector):
         inner_size: Optional[int] = None,
         blocks_before: Optional[int] = None,
         blocks_after: int = 4,
-        dilations: tuple[int, ...] = (1,),
         level_norm: Literal["none", "layer"] = "layer",
-        level_kernel: int = 0,
-        gate: Literal["none", "softmax"] = "none",
-        positions: Literal["none", "sine"] = "none",
         readout_size: Optional[int] = None,
     ) -> None:
         super().__init__(mm_hidden_size, hidden_size, layers, stride)
-        if kernel_size is None:
-            kernel_size = default_kernel_size(stride)
-        if kernel_size < stride:
-            raise ValueError(f"kernel_size={kernel_size} leaves patches out: it must be at least stride={stride}")
-        self.kernel_size = kernel_size
+        self.kernel_size = default_kernel_size(stride) if kernel_size is None else kernel_size
         self.inner_size = mm_hidden_size if inner_size is None else inner_size
         self.readout_size = hidden_size if readout_size is None else readout_size
-        for name in ("inner_size", "readout_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if blocks_before is None:
-            blocks_before = 0 if order == "depthwise_first" else 1
-        self.blocks_before = blocks_before
-        if blocks_before and order == "depthwise_first":
-            raise ValueError(f"blocks_before={blocks_before} needs order=pointwise_first; or pass blocks_after")
-        if dilations != (1,) and not (blocks_before or blocks_after):
-            raise ValueError(f"dilations={'+'.join(map(str, dilations))} needs blocks_before or blocks_after")
+        is_reduced_first = order == "depthwise_first"
+        self.blocks_before = int(not is_reduced_first) if blocks_before is None else blocks_before
+        _check_sizes(self, is_reduced_first, blocks_after)
         self.order = order
         self.shortcut = shortcut
-        self.positions = positions
         in_channels = self.num_levels * mm_hidden_size
-        depthwise_channels = self.inner_size if order == "pointwise_first" else in_channels
-        # In the order of the forward pass, so that `projector[-1]` is the last linear layer. What an option leaves
-        # out is empty.
-        self.levels = nn.Sequential()
-        if level_norm == "layer":
-            self.levels.append(LevelNorm(self.num_levels))
-        if level_kernel:
-            self.levels.append(LevelConvolution(in_channels, level_kernel))
-        if gate == "softmax":
-            self.levels.append(LevelGate(self.num_levels, mm_hidden_size))
+        # In the order of the forward pass, so that `projector[-1]` is the last linear layer.
+        self.levels = LevelNorm(self.num_levels) if level_norm == "layer" else nn.Identity()
         self.aggregate = nn.Linear(in_channels, self.inner_size)
-        self.before = _blocks("blocks_before", blocks_before, self.inner_size, dilations)
+        self.before = _blocks(self.blocks_before, self.inner_size)
         self.depthwise = DepthwiseConv2d(
-            depthwise_channels,
-            kernel_size,
+            in_channels if is_reduced_first else self.inner_size,
+            self.kernel_size,
             stride=stride,
             # Enough on each side that the output is exactly grid / stride.
-            padding=(kernel_size - stride + 1) // 2,
+            padding=(self.kernel_size - stride + 1) // 2,
         )
-        self.after = _blocks("blocks_after", blocks_after, self.inner_size, dilations)
+        self.after = _blocks(blocks_after, self.inner_size)
         self.norm = nn.LayerNorm(self.inner_size, eps=1e-6)
         self.readout = TwoLayerMLP(self.inner_size, hidden_size, self.readout_size)
 
@@ -166,10 +133,7 @@ class SAEP(Projector):
             grid = self.reduce(self.before(self.aggregate(grid)))
         else:
             grid = self.aggregate(self.reduce(grid))
-        tokens = self.norm(self.after(grid).flatten(1, 2))
-        if self.positions == "sine":
-            tokens = tokens + sine_positions(grid.shape[1], tokens)
-        return self.readout(tokens)
+        return self.readout(self.norm(self.after(grid).flatten(1, 2)))
 
     def reduce(self, grid: torch.Tensor) -> torch.Tensor:
         """The strided half: [B, H, W, K] -> [B, ceil(H/s), ceil(W/s), K]."""
@@ -182,10 +146,24 @@ class SAEP(Projector):
         return out + pool(grid, self.stride)
 
 
-def _blocks(name: str, count: int, channels: int, dilations: tuple[int, ...]) -> nn.Sequential:
-    if count < 0:
-        raise ValueError(f"{name}={count} must be 0 or more")
-    return nn.Sequential(*(SeparableBlock(channels, dilations) for _ in range(count)))
+def _check_sizes(projector: SAEP, is_reduced_first: bool, blocks_after: int) -> None:
+    """Raise a ValueError for sizes of which no projector can be made."""
+    if projector.kernel_size < projector.stride:
+        raise ValueError(
+            f"kernel_size={projector.kernel_size} leaves patches out: it must be at least stride={projector.stride}"
+        )
+    for name in ("inner_size", "readout_size"):
+        if getattr(projector, name) < 1:
+            raise ValueError(f"{name}={getattr(projector, name)} must be at least 1")
+    for name, count in (("blocks_before", projector.blocks_before), ("blocks_after", blocks_after)):
+        if count < 0:
+            raise ValueError(f"{name}={count} must be 0 or more")
+    if projector.blocks_before and is_reduced_first:
+        raise ValueError(f"blocks_before={projector.blocks_before} needs order=pointwise_first; or pass blocks_after")
+
+
+def _blocks(count: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(*(SeparableBlock(channels) for _ in range(count)))
 
 
 def default_kernel_size(stride: int) -> int:
