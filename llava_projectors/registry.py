@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "llava_projectors"
 # In a checkpoint's config, beside the type string: the value of every option, whatever the defaults become.
 OPTIONS_SETTING = "mm_projector_options"
+# Beside them: the version of this package that trained it.
+VERSION_SETTING = "llava_projectors_version"
 # The one option whose meaning depends on the vision tower: its numbers may count from the tower's end.
 LAYERS = "layers"
 
@@ -108,7 +110,7 @@ def parse_spec(type_string: str) -> ProjectorSpec:
     cls = registration.classes[name]
     strides = {other.stride_option for other in registration.classes.values()}
     synonyms = dict.fromkeys(strides, cls.stride_option) if cls.stride_option in registration.options[name] else {}
-    return parse_type_string(type_string, registration.options[name], synonyms)
+    return parse_type_string(type_string, registration.options[name], synonyms, presets=cls.presets)
 
 
 def normalize(type_string: str) -> str:
@@ -255,11 +257,14 @@ def _record(name: str, type_string: str, config: Any, known: Mapping[str, Option
             f"projector type {type_string!r}: {OPTIONS_SETTING} in the checkpoint's config.json is {recorded!r}, "
             "not options with their values"
         )
+    removed = registration.classes[name].removed_options
+    recorded = {key: value for key, value in recorded.items() if key not in removed or value != removed[key]}
     unknown = ", ".join(sorted(recorded.keys() - known.keys()))
     if unknown:
+        version = getattr(config, VERSION_SETTING, None) or "of its training"
         raise ProjectorSpecError(
             f"projector type {type_string!r}: the checkpoint's {OPTIONS_SETTING} has {unknown}, which this version "
-            "does not know; upgrade llava-projectors"
+            f"does not know; install llava-projectors {version}"
         )
     return recorded
 

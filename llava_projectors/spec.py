@@ -16,6 +16,7 @@ from typing import Any, Callable, Optional
 # Before a name, it says that ours is meant where a fork has a type of the same name.
 PREFIX = "llava_projectors."
 KIND = "projector type"
+PRESET = "preset"
 
 
 class ProjectorSpecError(ValueError):
@@ -182,7 +183,11 @@ def split_type_string(type_string: str, kind: str = KIND) -> tuple[str, dict[str
 
 
 def parse_type_string(
-    type_string: str, options: Mapping[str, Option], synonyms: Optional[Mapping[str, str]] = None, kind: str = KIND
+    type_string: str,
+    options: Mapping[str, Option],
+    synonyms: Optional[Mapping[str, str]] = None,
+    kind: str = KIND,
+    presets: Optional[Mapping[str, Mapping[str, Any]]] = None,
 ) -> ProjectorSpec:
     """Read a type string of a projector, or of another `kind`, that declares `options`.
 
@@ -191,14 +196,20 @@ def parse_type_string(
         options: name -> what may stand behind it.
         synonyms: what other projectors call an option -> its name here, for suggestions.
         kind: what errors call it.
+        presets: what may stand behind `preset=` -> the options that it stands for; others beside it win.
     """
     name, pairs = split_type_string(type_string, kind)
+    values: dict[str, Any] = {}
+    if presets and PRESET in pairs:
+        chosen = replace(_PLAIN[str], choices=tuple(presets))
+        values.update(presets[Option(PRESET, None, chosen).parse(pairs.pop(PRESET), type_string, kind)])
     for key in pairs:
         if key not in options:
-            valid = ", ".join(options) or "none"
+            valid = ", ".join([*options, *([PRESET] if presets else [])]) or "none"
             near = f"; did you mean {synonyms[key]!r}?" if synonyms and key in synonyms else suggest(key, options)
             raise ProjectorSpecError(f"unknown option {key!r} in {kind} {type_string!r}: {name!r} has {valid}{near}")
-    return ProjectorSpec(name, {key: options[key].parse(text, type_string, kind) for key, text in pairs.items()})
+    values.update({key: options[key].parse(text, type_string, kind) for key, text in pairs.items()})
+    return ProjectorSpec(name, values)
 
 
 def declared_options(cls: type) -> dict[str, Option]:

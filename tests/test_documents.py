@@ -217,8 +217,8 @@ def test_the_documents_count_parameters_right(type_string, row):
 
 def test_what_the_plain_separable_convolution_has():
     text = (ROOT / "docs" / "types.md").read_text()
-    (type_string,) = re.findall(r"`(saep:blocks_before=0\S+)` is the plain separable convolution", text)
-    assert f"{millions(type_string):.2f} M parameters, and behind" in text
+    assert "`saep:preset=plain` is the plain separable convolution" in text
+    assert f"{millions('saep:preset=plain,layers=12+16+22+23'):.2f} M parameters, and behind" in text
 
 
 def millions(type_string):

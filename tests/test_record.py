@@ -133,11 +133,22 @@ def test_a_type_string_that_contradicts_the_record_is_an_error():
         registry.resolve("saep", config(mm_projector_options={**OPTIONS, "stride": "wide"}))
     with pytest.raises(ProjectorSpecError, match="bad value True for option 'stride' in mm_projector_options"):
         registry.resolve("saep", config(mm_projector_options={**OPTIONS, "stride": True}))
-    with pytest.raises(ProjectorSpecError, match="has dilations=-3, but the checkpoint .* dilations=1 "):
-        registry.resolve("saep:dilations=-3", config())
+    with pytest.raises(ProjectorSpecError, match="has blocks_after=-3, but the checkpoint .* blocks_after=4 "):
+        registry.resolve("saep:blocks_after=-3", config())
     newer = config(mm_projector_options={**OPTIONS, "colour": 1})
     with pytest.raises(ProjectorSpecError, match="mm_projector_options has colour, which this version does not know"):
         registry.resolve("saep", newer)
+
+
+def test_options_that_are_gone_are_read_where_they_changed_nothing():
+    gone = {"dilations": [1], "level_kernel": 0, "gate": "none", "positions": "none"}
+    assert registry.resolve("saep", config(mm_projector_options={**OPTIONS, **gone})).options == {
+        **OPTIONS,
+        "layers": tuple(OPTIONS["layers"]),
+    }
+    trained = config(mm_projector_options={**OPTIONS, **gone, "gate": "softmax"}, llava_projectors_version="0.1.9")
+    with pytest.raises(ProjectorSpecError, match="has gate, which this version does not know; .* llava-projectors 0.1"):
+        registry.resolve("saep", trained)
 
 
 def test_every_value_of_an_option_comes_back(monkeypatch):
@@ -230,9 +241,9 @@ def test_a_fork_that_builds_the_projector_anew_keeps_the_trained_one(trained, mo
         own(self, model_args, fsdp)
         self.mm_projector = registry.build_projector("saep", 32, self.config.hidden_size)
 
-    from llava_projectors.integration import wrappers
+    from llava_projectors.integration import seams, wrappers
 
-    wrappers.initialize_vision_modules(rebuilding, SimpleNamespace(knows=lambda name: False), model, model_args("saep"))
+    wrappers.initialize_vision_modules(rebuilding, seams._package("llava"), model, model_args("saep"))
     assert all(torch.equal(value, before[name]) for name, value in model.mm_projector.state_dict().items())
 
 

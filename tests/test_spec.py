@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import pytest
 
@@ -211,3 +211,46 @@ def test_a_default_kernel_stands_in_a_checkpoints_config_on_small_grids_too(type
     kernel_size = resolved.build(8, 16).kernel_size
     written = SimpleNamespace(mm_projector_options={**resolved.options, "kernel_size": kernel_size})
     assert registry.resolve(type_string, written).output_side(4) == resolved.output_side(4)
+
+
+def test_a_preset_stands_for_options_and_those_beside_it_win():
+    plain = {"blocks_before": 0, "blocks_after": 0, "level_norm": "none", "shortcut": "average"}
+    assert lp.parse_spec("saep:preset=plain").options == plain
+    assert lp.parse_spec("saep:stride=3,preset=plain,blocks_after=2").options == {
+        **plain,
+        "blocks_after": 2,
+        "stride": 3,
+    }
+    assert lp.parse_spec(registry.normalize("saep:preset=plain")).options == plain
+    with pytest.raises(lp.ProjectorSpecError, match=r"'plane' for option 'preset'.*values are plain; did you mean 'pl"):
+        lp.parse_spec("saep:preset=plane")
+    with pytest.raises(lp.ProjectorSpecError, match="unknown option 'preset'.*'avg_pool' has stride, layers$"):
+        lp.parse_spec("avg_pool:preset=plain")
+
+
+def test_values_are_read_whatever_their_case_and_blanks(clean_registry):
+    @lp.register_projector("cased")
+    class Cased(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, on: bool = True, norm: Literal["rms", "layer"] = "rms"):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    assert lp.parse_spec("cased:on=False").options == {"on": False}
+    assert lp.parse_spec(" llava_projectors.cased").name == "cased"
+    with pytest.raises(lp.ProjectorSpecError, match="did you mean 'layer'"):
+        lp.parse_spec("cased:norm=LAYER")
+
+
+def test_two_types_in_one_annotation_are_refused(clean_registry):
+    with pytest.raises(TypeError, match="option 'x' of .* is annotated"):
+
+        @lp.register_projector("both")
+        class Both(lp.Projector):
+            def __init__(self, mm_hidden_size, hidden_size, *, x: Optional[Union[int, str]] = None):
+                super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+
+def test_options_decide_whether_two_types_are_one():
+    one, two = registry.resolve("saep"), registry.resolve("saep:stride=3")
+    assert one.same_projector(registry.resolve("llava_projectors.saep:stride=2"))
+    assert not one.same_projector(two)
+    assert not one.same_projector(registry.resolve("avg_pool"))

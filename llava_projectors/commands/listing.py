@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_projectors import registry, slicing
 from llava_projectors.commands.columns import print_columns
-from llava_projectors.spec import format_value
+from llava_projectors.spec import PRESET, format_value
 
 DESCRIPTION = "Types, what they are, their visual tokens at each stride, and their options."
 INDENT = "    "
@@ -35,6 +35,8 @@ def print_types(as_json: bool = False) -> None:
             ],
             INDENT,
         )
+        for preset, options in entry["presets"].items():
+            print(f"  {PRESET}={preset} stands for {options}")
         print()
 
 
@@ -82,6 +84,7 @@ def describe_type(name: str) -> dict[str, Any]:
         "tokens": [
             {"type": t, "tokens": n, "fewer": round(100 - 100 * n / NUM_PATCHES_PER_SIDE**2)} for t, n in counts
         ],
+        "presets": {preset: str(registry.parse_spec(f"{name}:{PRESET}={preset}")) for preset in resolved.cls.presets},
         "options": [
             {
                 "name": option.name,

@@ -17,10 +17,8 @@ from llava_projectors import registry
 from llava_projectors.integration import weights
 from llava_projectors.integration.tower import ReducedTower, find_tower
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import OPTIONS_SETTING
+from llava_projectors.registry import OPTIONS_SETTING, VERSION_SETTING
 from llava_projectors.spec import format_value
-
-VERSION_SETTING = "llava_projectors_version"
 
 
 def options_of(projector: Projector, tower: ReducedTower) -> dict[str, Any]:

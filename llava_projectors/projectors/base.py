@@ -65,6 +65,8 @@ class Projector(nn.Module):
         config_options: options that LLaVA's config may give when the type string does not.
         without_record: options as they were before checkpoints recorded them, where their defaults
             are something else now. A record that lacks one is read with it.
+        removed_options: options that this version no longer has -> the recorded value that changes nothing.
+        presets: name behind `preset=` in a type string -> the options that it stands for.
     """
 
     name: ClassVar[str]
@@ -72,6 +74,8 @@ class Projector(nn.Module):
     stride_option: ClassVar[str] = "stride"
     config_options: ClassVar[tuple[str, ...]] = ()
     without_record: ClassVar[Mapping[str, Any]] = {}
+    removed_options: ClassVar[Mapping[str, Any]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, mm_hidden_size: int, hidden_size: int, layers: Optional[tuple[int, ...]], stride: int) -> None:
         super().__init__()

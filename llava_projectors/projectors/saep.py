@@ -38,6 +38,9 @@ class SAEP(Projector):
     For those who want it cheaper: `order=depthwise_first` aggregates on the reduced grid, and a
     `readout_size` of half the LLM's width saves a quarter of all operations at stride 2.
 
+    `preset=plain` is the form nearest to the abstract: the separable convolution and nothing beside
+    it but the mean of each region.
+
     The defaults were chosen in a study on a controlled task, at two scales (benchmarks/spatial/README.md).
     There they are ahead of every other type of this package, and of the convolution alone, without
     blocks and norm of the layers and with the mean in place of the largest value.
@@ -67,11 +70,15 @@ class SAEP(Projector):
     """
 
     default_layers = staticmethod(middle_and_selected)
-    without_record: ClassVar[Mapping[str, Any]] = {
-        "blocks_before": 0,
-        "blocks_after": 0,
-        "level_norm": "none",
-        "shortcut": "average",
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "plain": {"blocks_before": 0, "blocks_after": 0, "level_norm": "none", "shortcut": "average"},
+    }
+    without_record: ClassVar[Mapping[str, Any]] = presets["plain"]
+    removed_options: ClassVar[Mapping[str, Any]] = {
+        "dilations": [1],
+        "level_kernel": 0,
+        "gate": "none",
+        "positions": "none",
     }
 
     def __init__(
