@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors import ProjectorSpecError, build_projector
+from llava_projectors import ProjectorSpecError, build_projector, list_projectors
 from llava_projectors.projectors.base import multi_level_layers
 from llava_projectors.projectors.convolutions import LevelNorm
 from llava_projectors.projectors.tokenpacker import downsample_bilinear
@@ -504,3 +504,13 @@ def test_linear_layers_are_found_by_place(name):
     assert projector[-1].bias.shape == (96,)
     with pytest.raises(IndexError):
         projector[1000]
+
+
+@pytest.mark.parametrize("name", list_projectors())
+def test_a_compiled_projector_takes_another_grid(name):
+    """The compiler holds the number of patches as a symbol from the second grid on."""
+    projector = build_projector(name, 32, 16)
+    run = torch.compile(projector, fullgraph=True, backend="eager")
+    for side in (12, 8, 5):
+        features = torch.randn(1, side**2, 32 * projector.num_levels)
+        torch.testing.assert_close(run(features), projector(features))

@@ -11,7 +11,7 @@ import transformers
 import llava_projectors
 from llava_projectors import ProjectorSpecError, registry
 from llava_projectors.integration.tower import convert_tower, resolve_layers, see_real_grid
-from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
+from llava_projectors.integration.truncated_encoder import keeping
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +196,46 @@ def test_more_positions_than_a_grid_and_a_cls_token_are_an_error(towers):
 def test_a_hidden_state_that_was_not_kept_says_so(towers, images):
     """As DenseConnector and LLaVA-PruMerge ask for hidden states of their own choice."""
     tower = towers("saep")
-    outs = TruncatedVisionModel(tower.vision_tower, tower.projector_layers)(images[:1], output_hidden_states=True)
-    with pytest.raises(ProjectorSpecError, match=r"hidden state -2 of the vision tower was not kept: only 4\+7"):
-        outs.hidden_states[-2]
+    with keeping(tower.projector_layers):
+        outs = tower.vision_tower(images[:1], output_hidden_states=True)
+    with pytest.raises(ProjectorSpecError, match=r"hidden state 3 of the vision tower was not kept: only .* 4\+7 were"):
+        outs.hidden_states[-6][:, 1:]
+
+
+def test_a_tower_of_fewer_layers_than_its_config_says(towers, images):
+    tower = towers("saep")
+    del tower.vision_tower.vision_model.encoder.layers[5:]
+    with pytest.raises(
+        ProjectorSpecError, match="state 7 does not exist: the vision tower that was loaded has 5 layers"
+    ):
+        tower(images[:1])
+
+
+def test_what_a_forward_writes_on_the_tower_stays(tiny, images):
+    """As forks count calls, or keep what a later method reads."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    class Counting(CLIPVisionTower):
+        calls = 0
+
+        def forward(self, images):
+            self.calls += 1
+            return super().forward(images)
+
+    tower = Counting(str(tiny.tower), SimpleNamespace(mm_vision_select_layer=-2))
+    convert_tower(tower, registry.resolve("saep"))
+    assert torch.equal(tower(images[:1]), tower(images[:1]))
+    assert tower.calls == 2
+
+
+def test_a_compiled_tower_is_one_graph(towers, images):
+    """As LLaVA's own is; the projector belongs to it."""
+    tower = towers("saep")
+    projector = llava_projectors.build_projector("saep", 32, 16)
+    with torch.no_grad():
+        expected = projector(tower(images))
+        run = torch.compile(lambda x: projector(tower(x)), fullgraph=True, backend="eager")
+        assert torch.equal(run(images), expected)
 
 
 def test_a_setting_by_which_a_fork_joins_layers_is_refused(towers):

@@ -11,9 +11,9 @@ The patch grid is what the tower returns. What its config says is only what is a
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import math
+import operator
 import re
 import textwrap
 from collections.abc import Mapping
@@ -25,8 +25,9 @@ from torch import nn
 
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.image_processor import set_slicing
-from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
+from llava_projectors.integration.truncated_encoder import can_keep, keeping
 from llava_projectors.projectors.base import Projector
+from llava_projectors.projectors.recompute import is_compiling
 from llava_projectors.registry import OPTIONS_SETTING, ResolvedSpec
 from llava_projectors.slicing import Slicing, slicing_of
 from llava_projectors.spec import ProjectorSpecError, format_value
@@ -94,6 +95,7 @@ class ReducedTower(nn.Module):
         Raises:
             ProjectorSpecError: neither the positions nor those after the first are a square.
         """
+        num_positions = operator.index(num_positions)  # a compiler's symbol becomes a number
         for num_extra in (0, 1):
             if math.isqrt(num_positions - num_extra) ** 2 == num_positions - num_extra:
                 self.patch_side = math.isqrt(num_positions)
@@ -137,22 +139,37 @@ class MultiLayerTower(ReducedTower):
     tower_forward: ClassVar[Callable[..., Any]]
 
     def forward(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """LLaVA's own forward, on a copy of the tower whose vision model stops at the highest layer asked for."""
+        """LLaVA's own forward, in which the vision model stops at the highest layer asked for."""
         if self.tower_class.forward is not self.class_forward:
             _look_at_forward(type(self))
-        tower: Any = copy.copy(self)
-        truncated = TruncatedVisionModel(tower.vision_tower, self.projector_layers)
-        tower._modules = {**self._modules, "vision_tower": truncated}
-        result = self.tower_forward(tower, images, *args, **kwargs)
-        self.patch_side = tower.patch_side
-        return result
+        if is_compiling():  # a compiler leaves out what is not used
+            return self.tower_forward(self, images, *args, **kwargs)
+        with keeping(self.projector_layers):
+            return self.tower_forward(self, images, *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """LLaVA's own; what it loads is prepared for the forward."""
+        super().load_model(*args, **kwargs)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Let the vision model that has been loaded keep the hidden states of `forward`."""
+        for module in self.children():
+            can_keep(module)
 
     def feature_select(self, image_forward_outs: Any, *_: Any, **__: Any) -> torch.Tensor:
         """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side.
 
         Some forks pass `select_feature` too; the patches are what it can mean here.
         """
-        states = [image_forward_outs.hidden_states[layer] for layer in self.projector_layers]
+        given = image_forward_outs.hidden_states
+        try:
+            states = [given[layer] for layer in self.projector_layers]
+        except IndexError:
+            raise ProjectorSpecError(
+                f"hidden state {self.projector_layers[-1]} does not exist: the vision tower that was loaded has "
+                f"{len(given) - 1} layers"
+            ) from None
         num_extra = self.see_grid(states[-1].shape[1])
         return torch.cat([state[:, num_extra:] for state in states], dim=-1)
 
@@ -242,8 +259,11 @@ def _names_in(tower_class: Any, method: str, seen: Optional[set[str]] = None) ->
     """Attributes that a method of the class uses, and the methods that it calls, `feature_select` left out."""
     seen = set() if seen is None else seen
     seen.add(method)
-    function = inspect.unwrap(getattr(tower_class, method))
-    names = set(getattr(function, "__code__", function).co_names)
+    names: set[str] = set()
+    for function in (vars(base)[method] for base in tower_class.__mro__ if method in vars(base)):
+        names |= {*inspect.unwrap(function).__code__.co_names}
+        if "super" not in names:
+            break
     for name in names - seen - {"feature_select"}:
         if inspect.isfunction(inspect.getattr_static(tower_class, name, None)) and not hasattr(nn.Module, name):
             names |= _names_in(tower_class, name, seen)
@@ -330,6 +350,8 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower.projector_spec = resolved
     tower.projector_layers = layers
     tower.patch_side = side
+    if has_hidden_states and tower.is_loaded:
+        tower.prepare()
     slicing = slicing_of(cfg)
     if slicing is not None:
         tower.set_slicing(slicing)

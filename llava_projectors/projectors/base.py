@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar, Optional
 
@@ -123,7 +124,7 @@ class Projector(nn.Module):
                 f"{self.num_levels} hidden states of {self.mm_hidden_size} channels; "
                 f"got {list(features.shape)}"
             )
-        side = math.isqrt(features.shape[1])
+        side = math.isqrt(operator.index(features.shape[1]))  # a compiler's symbol becomes a number
         if side * side != features.shape[1]:
             raise ValueError(
                 f"{type(self).__name__} expects a square grid of patches, without the CLS token; "

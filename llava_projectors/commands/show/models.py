@@ -69,7 +69,7 @@ def random_model(type_string: str, patch_num: Optional[int] = None, width: int =
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     from llava_projectors.integration.tower import resolve_layers
-    from llava_projectors.integration.truncated_encoder import TruncatedVisionModel
+    from llava_projectors.integration.truncated_encoder import can_keep, keeping
 
     if LLAVA_TYPES.fullmatch(base_name(type_string)):
         raise ValueError(f"type {type_string!r} is LLaVA's own, which gives every patch a token of its own")
@@ -81,12 +81,14 @@ def random_model(type_string: str, patch_num: Optional[int] = None, width: int =
     resolved = registry.resolve(type_string)
     layers = resolve_layers(resolved, config.num_hidden_layers, -2)
     model = CLIPVisionModel(config).eval()
+    can_keep(model)
     size = {"height": 336, "width": 336}
     processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=size)
     set_slicing(processor, patch_num)
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        hidden_states = TruncatedVisionModel(model, layers)(pixels).hidden_states
+        with keeping(layers):
+            hidden_states = model(pixels, output_hidden_states=True).hidden_states
         return torch.cat([hidden_states[layer][:, 1:] for layer in layers], dim=-1)
 
     source = "random weights: where a token looks by its build, not what was learned"
