@@ -66,6 +66,15 @@ def test_a_projector_uses_it_when_switched_on(monkeypatch, device, scale_factor)
     assert calls == [1]
 
 
+@pytest.mark.cuda
+def test_a_second_derivative_is_an_error(device):
+    q, k_weight = torch.randn(1, 1, 3, device=device), torch.randn(1, 3, 4, device=device)
+    grid = torch.randn(1, 2, 2, 4, device=device, requires_grad=True)
+    out, _ = FusedAttend.apply(q, grid, grid, k_weight, k_weight, None, 2)
+    with pytest.raises(NotImplementedError, match="no second derivative .*: unset LLAVA_PROJECTORS_TRITON"):
+        torch.autograd.grad(out.sum(), grid, create_graph=True)
+
+
 def test_it_is_off_by_default_and_on_a_cpu(monkeypatch):
     on_a_gpu = SimpleNamespace(is_cuda=True)  # of the tensor, that is what is looked at
     monkeypatch.delenv(kernels.VARIABLE, raising=False)

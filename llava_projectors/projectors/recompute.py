@@ -35,7 +35,7 @@ def inside_checkpoint() -> Iterator[None]:
 def remember(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[Made]]:
     """module(x), and a note for `recomputed`; no note, so that x can go, where there will be no backward pass."""
     output = module(x)
-    if not torch.is_grad_enabled() or is_compiling():  # a compiler decides for itself what to keep
+    if not torch.is_grad_enabled() or is_transforming():
         return output, []
     if getattr(_thread, "inside_checkpoint", False):
         return output, []
@@ -45,7 +45,7 @@ def remember(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[Mad
 def recomputed(made: Sequence[Made]) -> contextlib.AbstractContextManager[Any]:
     """Within it, a tensor saved for the backward pass is dropped if it is one of those noted.
 
-    Once differentiable: a second derivative does not flow through what was made again.
+    Second derivatives are right: autograd puts the history of the tensor that was saved on the one made again.
 
     Args:
         made: notes of `remember`. The caller holds them until the context ends, so that the
@@ -69,6 +69,14 @@ def recomputed(made: Sequence[Made]) -> contextlib.AbstractContextManager[Any]:
             return module(kept).to(dtype).view(shape)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def is_transforming() -> bool:
+    """Whether torch.compile, torch.func or forward-mode AD runs this: they save tensors in their own way."""
+    if is_compiling():
+        return True
+    transforms = getattr(torch._C, "_are_functorch_transforms_active", None)  # as torch.autograd.Function asks
+    return (transforms is not None and bool(transforms())) or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_compiling() -> bool:

@@ -8,13 +8,12 @@ from typing import Any, Callable, Literal, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from llava_projectors.projectors import kernels
 from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.grid import pad_grid, region_mask, to_regions
 from llava_projectors.projectors.layers import TwoLayerMLP, head_count
-from llava_projectors.projectors.recompute import is_compiling, recomputed, remember
+from llava_projectors.projectors.recompute import is_transforming, recomputed, remember
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -182,7 +181,7 @@ def _attend(
     Returns:
         The attended values [B*h*w, n, d] and the attention weights [B*h*w, n, s*s].
     """
-    score, mix = (_score, _mix) if is_compiling() else (_Score.apply, _Mix.apply)
+    score, mix = (_score, _mix) if is_transforming() else (_Score.apply, _Mix.apply)
     # CUDA's autocast makes a softmax float32, and would not reach the backward pass of `mix`.
     weights = _region_softmax(score(q, key, k_weight, stride), patches).to(value.dtype)
     return mix(weights, value, v_weight, stride), weights
@@ -224,6 +223,7 @@ class _Score(torch.autograd.Function):
     """`_score`, keeping only its arguments for the backward pass.
 
     Autograd would also keep the regrouped keys and n*E numbers per region; here they are made again.
+    The backward pass is plain torch, so that it can be differentiated too.
     """
 
     @staticmethod
@@ -233,7 +233,6 @@ class _Score(torch.autograd.Function):
         return _score(q, key, k_weight, stride)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_scores: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         q, key, k_weight = ctx.saved_tensors
         d_folded = torch.einsum("bnr,bre->bne", d_scores, _flatten_regions(key, ctx.stride))
@@ -257,7 +256,6 @@ class _Mix(torch.autograd.Function):
         return _mix(weights, value, v_weight, stride)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         weights, value, v_weight = ctx.saved_tensors
         shape, values = value.shape, _flatten_regions(value, ctx.stride)

@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+
+from llava_projectors.projectors.kernels import VARIABLE
 
 
 class FusedAttend(torch.autograd.Function):
@@ -41,9 +42,17 @@ class FusedAttend(torch.autograd.Function):
         return torch.einsum("bne,nde->bnd", mixed, v_weight), weights
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, _: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
-        """Gradients of all but the last two arguments."""
+        """Gradients of all but the last two arguments.
+
+        Raises:
+            NotImplementedError: they are to be differentiated again. `once_differentiable` says so only
+                where autograd visits it, which `torch.autograd.grad` does not.
+        """
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"the fused kernel of TokenPacker has no second derivative (create_graph=True): unset {VARIABLE}"
+            )
         q, key, value, k_weight, v_weight, weights = ctx.saved_tensors
         folded = torch.einsum("bnd,nde->bne", q, k_weight).contiguous()
         d_mixed = torch.einsum("bnd,nde->bne", d_out, v_weight).contiguous()
