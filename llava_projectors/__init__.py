@@ -11,7 +11,7 @@ from llava_projectors.autoload import TYPE_CHECKING, arm_from_environment, patch
 if TYPE_CHECKING:
     from typing import Any
 
-    from llava_projectors.integration.weights import ProjectorWeightsError
+    from llava_projectors.files import ProjectorWeightsError
     from llava_projectors.projectors.base import Projector
     from llava_projectors.projectors.registration import register_projector
     from llava_projectors.registry import build_projector, list_projectors, parse_spec
@@ -36,7 +36,7 @@ _HOME = {
     "Projector": "projectors.base",
     "ProjectorSpec": "spec",
     "ProjectorSpecError": "spec",
-    "ProjectorWeightsError": "integration.weights",
+    "ProjectorWeightsError": "files",
     "build_projector": "registry",
     "list_projectors": "registry",
     "parse_spec": "registry",

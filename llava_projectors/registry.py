@@ -157,9 +157,12 @@ class ResolvedSpec:
         try:
             with torch.device("meta"):
                 return self.build(mm_hidden_size, hidden_size)
-        except (RuntimeError, NotImplementedError, TypeError):
-            with torch.random.fork_rng(devices=[]):
-                return self.build(mm_hidden_size, hidden_size)
+        except (RuntimeError, TypeError) as error:
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    return self.build(mm_hidden_size, hidden_size)
+            except (RuntimeError, TypeError):
+                raise error from None
 
     def output_side(self, side: int) -> int:
         """Side of the grid of visual tokens for a grid of `side` x `side` patches."""

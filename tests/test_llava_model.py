@@ -234,5 +234,33 @@ def test_a_projector_that_breaks_the_token_contract_is_told_before_training(buil
         build_model("rounding_down")
 
 
+def test_a_projector_that_looks_at_numbers_works(build_model, model_args, monkeypatch, tmp_path):
+    """Its constructor and its forward cannot run on the meta device; its contract is checked all the same."""
+    monkeypatch.setattr(registration, "classes", dict(registration.classes))
+    monkeypatch.setattr(registration, "options", dict(registration.options))
+
+    @llava_projectors.register_projector("masked")
+    class Masked(llava_projectors.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, stride: int = 2, kept: int = 1):
+            super().__init__(mm_hidden_size, hidden_size, layers=None, stride=stride)
+            self.kept = int(torch.ones(kept).sum())
+            self.to_llm = torch.nn.Linear(mm_hidden_size, hidden_size)
+
+        def forward(self, features):
+            rows = torch.arange(features.shape[1], device=features.device)
+            side = int(len(rows) ** 0.5)
+            mask = (rows // side % self.stride < self.kept) & (rows % self.stride == 0)
+            return self.to_llm(features[:, mask])
+
+    model = build_model("masked")
+    assert llm_input(model, input_ids=torch.tensor([[1, IMAGE]]), images=pictures(1)).shape[1] == 1 + 144
+    path = tmp_path / "mm_projector.bin"
+    weights = model.get_model().mm_projector.state_dict()
+    torch.save({f"model.mm_projector.{name}": value for name, value in weights.items()}, path)
+    model.get_model().initialize_vision_modules(model_args("masked", pretrain_mm_mlp_adapter=str(path)))
+    with pytest.raises(ProjectorSpecError, match=r"24x24 patches: .* \[1, 144, 80\], its .*\[1, 288, 80\]"):
+        build_model("masked:kept=2")
+
+
 def test_the_config_keeps_the_type_string_in_its_plainest_form(build_model):
     assert build_model(" saep : stride = +3 ").config.mm_projector_type == "saep:stride=3"

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_projectors
-from llava_projectors import ProjectorWeightsError, build_projector
+from llava_projectors import ProjectorWeightsError, build_projector, files
+from llava_projectors.commands.check import check
 from llava_projectors.integration import weights
 
 PREFIX = "model.mm_projector."
@@ -97,7 +98,7 @@ def test_good_checkpoints_load_whole(load, checkpoint, trained, form):
     assert not weights.awaited_weights(loaded)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, saved[PREFIX + name].half()), name
-    found = weights.checkpoint_shapes(str(folder))
+    found = weights.find_in_folder(str(folder)).shapes
     assert found == {name: tuple(value.shape) for name, value in loaded.state_dict().items()}
 
 
@@ -105,11 +106,11 @@ def test_further_projectors_of_a_fork_are_not_ours(checkpoint):
     """As VCoder's, in one file or in shards, and behind a prefix of peft."""
     further = {"model.seg_mm_projector.0.weight": torch.zeros(80, 32), "seg_mm_projector.2.bias": torch.zeros(80)}
     ours = {"mm_projector.a.weight": "a.weight", "base_model.model.model.mm_projector.b.bias": "b.bias"}
-    assert weights.projector_keys([*further, *ours]) == {name: key for key, name in ours.items()}
+    assert files.projector_keys([*further, *ours]) == {name: key for key, name in ours.items()}
     folder = checkpoint("saep")
-    before = weights.checkpoint_shapes(str(folder))
+    before = weights.find_in_folder(str(folder)).shapes
     edit(folder, lambda state: {**state, **further}, "sharded safetensors")
-    assert weights.checkpoint_shapes(str(folder)) == before
+    assert weights.find_in_folder(str(folder)).shapes == before
 
 
 BAD = [
@@ -178,6 +179,47 @@ def test_a_model_without_projector_weights_does_not_answer(checkpoint):
     assert projector(torch.zeros(1, 576, 64)).shape == (1, 144, 80)
 
 
+def by_accelerate(projector, good):
+    from accelerate.utils import set_module_tensor_to_device
+
+    for name, value in good.items():
+        set_module_tensor_to_device(projector, name, "cpu", value=value)
+
+
+def by_copying(projector, good):
+    with torch.no_grad():
+        for name, parameter in projector.named_parameters():
+            parameter.copy_(good[name])
+
+
+def by_data(projector, good):
+    for name, parameter in projector.named_parameters():
+        parameter.data = good[name].clone()
+
+
+@pytest.mark.parametrize("provide", [by_accelerate, by_copying, by_data])
+def test_weights_may_come_by_any_way(tiny, trained, provide):
+    """And moving the random ones, or half of the good ones, is no way."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    config = LlavaLlamaForCausalLM.config_class.from_pretrained(trained("saep").checkpoint)
+    projector = LlavaLlamaForCausalLM.from_pretrained(tiny.llm, config=config).get_model().mm_projector
+    features = torch.zeros(1, 144, 64)
+    for move in (lambda: projector.half(), lambda: projector.to(torch.bfloat16), lambda: projector.float()):
+        move()
+        with pytest.raises(ProjectorWeightsError, match="has random weights"):
+            projector(features)
+    good = build_projector("saep", 32, 80).state_dict()
+    half = {name: value for name, value in good.items() if name.startswith(("aggregate", "readout"))}
+    by_data(projector, {**projector.state_dict(), **half})
+    assert weights.awaited_weights(projector) == good.keys() - half.keys()
+    with pytest.raises(ProjectorWeightsError, match="has random weights, no checkpoint has provided: "):
+        projector(features)
+    provide(projector, good)
+    assert projector(features).shape == (1, 36, 80)
+    assert not weights.awaited_weights(projector)
+
+
 @pytest.fixture
 def adapter(trained, tmp_path):
     def make(change=dict):
@@ -198,6 +240,75 @@ def test_adapter_and_base(load, adapter, tiny):
     assert all(torch.equal(value, saved[PREFIX + name].half()) for name, value in loaded.state_dict().items())
 
 
+WRAPPERS = ("module.model.", "base_model.model.model.", "module.base_model.model.model.", "_orig_mod.model.", "model.")
+
+
+def renamed(prefix):
+    return lambda state: {f"{prefix}{name[len(PREFIX) :]}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("file", ["mm_projector.bin", "non_lora_trainables.bin"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_adapters_of_wrapped_models_are_taken_at_every_door(
+    load, adapter, tiny, trained, model_args, tmp_path, file, wrapper
+):
+    """As peft, DDP and torch.compile leave them: LLaVA's training takes them, so its loader, check and export do."""
+    from llava.model import LlavaLlamaForCausalLM
+
+    from llava_projectors.export.checkpoint import read_checkpoint
+
+    folder = adapter(renamed(f"{wrapper}mm_projector."))
+    saved = torch.load(trained("saep").adapter / "mm_projector.bin", weights_only=True)
+    path = folder / "mm_projector.bin"
+    if file != path.name:
+        from peft import LoraConfig, get_peft_model
+
+        path = path.rename(folder / file)
+        base = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    assert f"{folder}, every weight" in check(None, str(folder))[2]
+    assert "fits, and all its numbers are finite" in check("saep", adapter=str(path))[2]
+    assert {k for k in read_checkpoint(folder, tiny.llm).weights if "mm_projector" in k} == set(saved)
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm).get_model()
+    model.initialize_vision_modules(model_args("saep", pretrain_mm_mlp_adapter=str(path)))
+    loaded = load(folder, tiny.llm, "llava-lora" if file != "mm_projector.bin" else "llava").get_model().mm_projector
+    for name, value in saved.items():
+        assert torch.equal(model.mm_projector.state_dict()[name[len(PREFIX) :]], value)
+        assert torch.equal(loaded.state_dict()[name[len(PREFIX) :]], value.half())
+
+
+@pytest.mark.parametrize("prefix", ["", "teacher.model.mm_projector.", "vision_resampler."])
+def test_adapters_that_mean_something_else_are_refused_at_every_door(load, adapter, tiny, model_args, tmp_path, prefix):
+    from llava.model import LlavaLlamaForCausalLM
+
+    from llava_projectors.export.convert import export_checkpoint
+
+    folder = adapter(renamed(prefix))
+    path = folder / "mm_projector.bin"
+    message = f"All of them are there, but begin with '{prefix}', and LLaVA's loader looks for 'model.mm_projector.'"
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm).get_model()
+    doors = [
+        lambda: check(None, str(folder)),
+        lambda: check("saep", adapter=str(path)),
+        lambda: load(folder, tiny.llm),
+        lambda: model.initialize_vision_modules(model_args("saep", pretrain_mm_mlp_adapter=str(path))),
+        lambda: export_checkpoint(str(folder), tmp_path / "out", str(tiny.llm)),
+    ]
+    for door in doors:
+        with pytest.raises(ProjectorWeightsError, match=message):
+            door()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
+def test_a_full_checkpoint_of_a_wrapped_model_is_refused_with_the_cause(load, checkpoint, prefix):
+    """transformers loads none of its keys; the LLM's would be random too."""
+    folder = checkpoint("saep")
+    edit(folder, lambda state: {f"{prefix}{name}": value for name, value in state.items()})
+    for door in (load, lambda path: check(None, str(path))):
+        with pytest.raises(ProjectorWeightsError, match=f"begin with '{prefix}{PREFIX}', and LLaVA's loader looks for"):
+            door(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -211,32 +322,6 @@ def test_adapter_and_base(load, adapter, tiny):
 def test_bad_adapters_are_errors(load, adapter, tiny, change, message):
     with pytest.raises(ProjectorWeightsError, match=message):
         load(adapter(change), tiny.llm)
-
-
-def test_checking_reads_headers_only(checkpoint, monkeypatch):
-    """A second read of a 7B checkpoint would double the time to load it."""
-    folder = checkpoint("saep")
-    read = []
-    real_open = open
-
-    class Counted:
-        def __init__(self, file):
-            self.file = file
-
-        def read(self, size=-1):
-            read.append(size)
-            return self.file.read(size)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    monkeypatch.setattr(weights, "open", lambda *a, **k: Counted(real_open(*a, **k)), raising=False)
-    assert weights.checkpoint_shapes(str(folder))
-    assert 0 < sum(read) < (folder / "model.safetensors").stat().st_size / 10
-    assert -1 not in read
 
 
 def test_stock_checkpoints_are_not_looked_at(load, tiny):
@@ -283,5 +368,5 @@ def test_saving_and_loading_twice_over(checkpoint, tmp_path):
 
 
 def test_the_error_is_public():
-    assert llava_projectors.ProjectorWeightsError is weights.ProjectorWeightsError
+    assert llava_projectors.ProjectorWeightsError is files.ProjectorWeightsError
     assert issubclass(ProjectorWeightsError, ValueError)

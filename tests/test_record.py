@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError, ProjectorWeightsError, registry
-from llava_projectors.integration import weights
 from llava_projectors.projectors import registration
 from llava_projectors.projectors.saep import SAEP
 
@@ -271,10 +270,13 @@ DAMAGES = {
     ),
     "text": (lambda path: path.write_text("weights\n"), "it is no file of tensors .*of another format"),
     "object": (lambda path: torch.save({"a": Path}, path), "no file of tensors .*objects in it that are not loaded"),
-    "list": (lambda path: torch.save([torch.ones(2)], path), "is no adapter: it holds a list, not a dict of tensors"),
+    "list": (
+        lambda path: torch.save([torch.ones(2)], path),
+        "is no file of weights: it holds a list, not a dict of tensors",
+    ),
     "nested": (
         lambda path: torch.save({"model": torch.load(path, weights_only=True)}, path),
-        "is no adapter: it holds a dict with a value of type dict",
+        "is no file of weights: it holds a dict with a value of type dict",
     ),
     "nan": (
         lambda path: torch.save({k: v * float("nan") for k, v in torch.load(path, weights_only=True).items()}, path),
@@ -317,7 +319,7 @@ def test_an_adapter_whose_purpose_cannot_be_known_is_used_with_a_warning(adapter
     assert "was trained with layers=1+7 (now 4+7); its weights fit" in messages[-2]
     (adapter.parent / "config.json").unlink()
     start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
-    assert "has no config.json beside it, so it cannot be known which" in messages[-2]
+    assert "has no readable config.json beside it, so it cannot be known which" in messages[-2]
 
 
 def test_an_adapter_of_the_older_default_says_what_to_pass(adapter, model_args, tiny):
@@ -341,7 +343,3 @@ def test_an_adapter_of_the_older_default_says_what_to_pass(adapter, model_args, 
     assert registry.as_trained("linear", OPTIONS) == "linear"
     # A record has the layers' numbers; counted from the end they are the same.
     assert registry.as_trained("tokenpacker:layers=-2", {"layers": [3]}) == "tokenpacker:layers=-2"
-
-
-def test_reading_an_adapter_keeps_names_and_shapes(adapter):
-    assert weights.read_adapter(str(adapter)) == weights.file_shapes(str(adapter))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from types import SimpleNamespace
 from typing import Any, Optional
 
-import torch
-
-from llava_projectors import registry
+from llava_projectors import files, registry
 from llava_projectors.integration import weights
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors.base import Projector
@@ -21,6 +17,8 @@ DESCRIPTION = (
     "Reads configs and the headers of weights only, so it takes seconds. "
     "Exit status 0: all fits; 1: not, with the reason."
 )
+# Options are checked with these sizes where nothing gives others.
+CLIP_CHANNELS, VICUNA_WIDTH = 1024, 4096
 
 
 def check(
@@ -53,7 +51,7 @@ def check(
         type: saep:stride=3
         not checked: layers and patch grid, for want of a vision tower
     """
-    config = SimpleNamespace() if model_path is None else _read_config(model_path)
+    config = SimpleNamespace() if model_path is None else SimpleNamespace(**files.read_config(model_path))
     type_string = type_string or getattr(config, "mm_projector_type", None)
     if not registry.is_registered(type_string):
         raise registry.unknown_type(type_string)
@@ -74,25 +72,15 @@ def check(
     else:
         lines.append("not checked: layers and patch grid, for want of a vision tower")
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
-    _build(resolved, channels)  # its options are checked where it is built
+    width = getattr(config, "hidden_size", None)
+    _build(resolved, channels or CLIP_CHANNELS, width or VICUNA_WIDTH)  # its options are checked where it is built
     if model_path is not None:
-        found = weights.checkpoint_shapes(model_path) or weights.adapter_shapes(model_path)
-        _compare(resolved, found, channels, getattr(config, "hidden_size", None), model_path)
+        _compare(resolved, channels, width, model_path, weights.find_in_folder(model_path))
         lines.append(f"checkpoint: {model_path}, every weight of the projector is there")
     if adapter is not None:
-        found = weights.read_adapter(adapter)
-        _compare(resolved, found, channels, getattr(config, "hidden_size", None), adapter)
+        _compare(resolved, channels, width, adapter, weights.read_adapter(adapter))
         lines.append(f"adapter: {adapter}, fits, and all its numbers are finite")
     return lines
-
-
-def _read_config(folder: str) -> SimpleNamespace:
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return SimpleNamespace(**json.load(file))
-    except (OSError, ValueError, TypeError) as error:  # TypeError: no object of settings
-        raise ProjectorSpecError(f"cannot read {path}: {error}; pass the folder of a LLaVA checkpoint") from error
 
 
 def _vision_config(tower: str) -> Any:
@@ -110,31 +98,31 @@ def _vision_config(tower: str) -> Any:
 
 
 def _compare(
-    resolved: registry.ResolvedSpec, found: weights.Shapes, channels: Optional[int], width: Optional[int], source: str
+    resolved: registry.ResolvedSpec, channels: Optional[int], width: Optional[int], source: str, found: weights.Found
 ) -> None:
-    """Raise unless the weights are those of the type; sizes that nothing gives are taken from the weights."""
-    projector = _build(resolved, channels, width or _llm_width(found))
-    wrong = weights.problems(weights.expected_shapes(projector), found)
+    """Raise unless the weights are those of the type; sizes that no config gives are taken from the weights."""
+    sizes = (channels, width) if channels and width else weights.sizes_of(resolved, found.shapes, channels, width)
+    projector = _build(resolved, *(sizes or (channels or CLIP_CHANNELS, width or VICUNA_WIDTH)))
+    expected = weights.expected_shapes(projector)
+    wrong = weights.problems(expected if sizes else dict.fromkeys(expected, ()), found.shapes)
     if wrong:
-        cause = weights.likely_cause(projector, found)
-        raise weights.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
+        cause = weights.likely_cause(projector, found.shapes, found.keys)
+    elif sizes is None:
+        wrong = "no vision tower and LLM give weights of these shapes"
+        cause = "They were trained with other options: pass the type string of their training."
+    else:
+        return
+    raise files.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
 
 
-def _build(resolved: registry.ResolvedSpec, channels: Optional[int] = None, width: Optional[int] = None) -> Projector:
-    """The projector without storage; sizes that are not given are those of CLIP-L and Vicuna-7B."""
+def _build(resolved: registry.ResolvedSpec, channels: int, width: int) -> Projector:
+    """The projector without storage."""
     try:
-        with torch.device("meta"):
-            return resolved.build(channels or 1024, width or 4096)
+        return resolved.build_empty(channels, width)
     except (RuntimeError, TypeError) as error:  # torch's, of sizes that no memory holds
         raise ProjectorSpecError(
             f"projector type {resolved.type_string!r} cannot be built: {str(error).splitlines()[0]}"
         ) from error
-
-
-def _llm_width(found: weights.Shapes) -> Optional[int]:
-    """The LLM's width, by the last bias: every projector of ours ends in a layer of that width."""
-    biases = [shape for name, shape in found.items() if name.endswith("bias")]
-    return biases[-1][0] if biases else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,9 +31,9 @@ import torch
 from torch import nn
 
 from llava_projectors import autoload, seam_names
+from llava_projectors.files import ProjectorWeightsError
 from llava_projectors.integration import seams
 from llava_projectors.integration.tower import ReducedTower, find_tower, picture_size
-from llava_projectors.integration.weights import ProjectorWeightsError
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError
 

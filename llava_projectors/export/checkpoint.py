@@ -5,7 +5,6 @@ Nothing is loaded: a `Weight` knows its shape and reads itself, LoRA merged, whe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import Any, Optional
 
 import torch
 
+from llava_projectors import files
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.tensors import StoredTensor, checkpoint_tensors, stored_tensors
+from llava_projectors.files import StoredTensor, stored_tensors
 
 # Buffers that old versions of transformers saved.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|^model\.image_newline$")
@@ -76,18 +76,20 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
         base: the LLM, or full LLaVA checkpoint, that the last two kinds were trained on.
 
     Raises:
-        ExportError: a file is missing or cut off, the base is missing or one too many.
+        ExportError: the base is missing or one too many, or the adapter is of another kind.
+        ProjectorSpecError: a config cannot be read.
+        ProjectorWeightsError: a file of weights is missing or cut off.
     """
-    config = read_config(source)
+    config = files.read_config(source)
     adapters = [name for name in ("mm_projector.bin", "adapter_config.json") if (source / name).is_file()]
-    has_own = any(source.glob("model*.safetensors*")) or any(source.glob("pytorch_model*.bin*"))
+    has_own = files.has_weights(source)
     if has_own and base is not None:
         raise ExportError(f"{source} is a full checkpoint: leave --model-base {base} out")
     if not has_own and base is None and adapters:
         raise ExportError(
             f"{source} holds {adapters[0]} and no LLM: pass --model-base with the model that it was trained on"
         )
-    tensors = dict(checkpoint_tensors(source if base is None else base))
+    tensors = dict(files.checkpoint_tensors(source if base is None else base))
     deltas: dict[str, LoraDelta] = {}
     if base is not None:
         if "adapter_config.json" in adapters:
@@ -101,27 +103,13 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
     return Checkpoint(source, config, weights, source if base is None else base)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder.
-
-    Raises:
-        ExportError: there is none, or it is no JSON.
-    """
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{folder} is no checkpoint: it has no config.json") from None
-    except ValueError as error:
-        raise ExportError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    return config
-
-
 def _plain_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Without the prefixes that peft puts before names; as LLaVA's loader does it."""
-    plain = {name[11:] if name.startswith("base_model.") else name: stored for name, stored in tensors.items()}
-    if any(name.startswith("model.model.") for name in plain):
-        plain = {name[6:] if name.startswith("model.") else name: stored for name, stored in plain.items()}
-    return plain
+    """As in a full checkpoint: the projector's, however they begin, and the others as LLaVA's loader renames them."""
+    ours = {key: f"model.mm_projector.{name}" for name, key in files.projector_keys(tensors).items()}
+    others = {key: key.removeprefix("base_model.") for key in tensors if key not in ours}
+    if any(name.startswith("model.model.") for name in others.values()):
+        others = {key: name.removeprefix("model.") for key, name in others.items()}
+    return {name: tensors[key] for key, name in (others | ours).items()}
 
 
 def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, LoraDelta]:
@@ -130,7 +118,7 @@ def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
     Raises:
         ExportError: a kind of adapter that would be merged in another way.
     """
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = files.read_json(source / "adapter_config.json")
     strange = [
         f"{name}={settings[name]}"
         for name in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")

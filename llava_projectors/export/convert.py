@@ -19,12 +19,12 @@ from typing import Any, Optional
 import torch
 
 import llava_projectors
-from llava_projectors import registry
+from llava_projectors import files, registry
 from llava_projectors.export.card import model_card
-from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight, read_checkpoint, read_config
+from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight, read_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.templates import TEMPLATES, with_start_token
-from llava_projectors.export.tensors import SHARD_BYTES, Output, checkpoint_tensors, item_size, write_checkpoint
+from llava_projectors.export.tensors import SHARD_BYTES, Output, item_size, write_checkpoint
 from llava_projectors.export.tokenizer import END_TOKEN, export_tokenizer, spaces_differ
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
@@ -170,7 +170,7 @@ def _resolve(type_string: str, config: Mapping[str, Any]) -> registry.ResolvedSp
 
 
 def _vision_config(tower: Path) -> dict[str, Any]:
-    config = read_config(tower)
+    config = files.read_config(tower)
     kind = TOWER_KINDS.get(str(config.get("model_type")), config.get("model_type"))
     if kind not in TOWER_KINDS.values():
         raise ExportError(f"the vision tower {tower} is a {kind!r}: CLIP and SigLIP can be exported")
@@ -224,14 +224,14 @@ def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Outp
         projector = export.resolved.build(export.vision_config["hidden_size"], export.text_config["hidden_size"])
         llm_shapes = _model_shapes(export.text_config, "AutoModelForCausalLM")
         tower_shapes = _model_shapes(export.vision_config, "AutoModel")
-    projector_weights = {name: source.pop(key) for name, key in weights.projector_keys(source).items()}
+    projector_weights = {name: source.pop(key) for name, key in files.projector_keys(source).items()}
     _check_projector(export, projector, projector_weights)
 
     tower = {key[len(OWN_TOWER) :]: source.pop(key) for key in list(source) if key.startswith(OWN_TOWER)}
     if not (tower and _has_trained_tower(export.checkpoint.config)):
         # LLaVA too loads a frozen tower from where it came from.
-        found = {key: stored for key, stored in checkpoint_tensors(export.tower).items() if not IGNORED.search(key)}
-        tower = {key: Weight(stored) for key, stored in found.items()}
+        found = files.checkpoint_tensors(export.tower)
+        tower = {key: Weight(stored) for key, stored in found.items() if not IGNORED.search(key)}
     tower = {f"vision_model.{_bare(key)}": weight for key, weight in tower.items() if _bare(key) in tower_shapes}
     _check(tower, {f"vision_model.{key}": shape for key, shape in tower_shapes.items()}, f"the tower {export.tower}")
 
@@ -278,9 +278,9 @@ def _check_projector(export: Export, projector: Any, found: Mapping[str, Weight]
     shapes = {name: weight.shape for name, weight in found.items()}
     wrong = weights.problems(weights.expected_shapes(projector), shapes)
     if wrong:
-        raise weights.ProjectorWeightsError(
+        raise files.ProjectorWeightsError(
             f"the projector {export.resolved.type_string!r} does not get its weights from {export.checkpoint.source}: "
-            f"{wrong}. {weights.likely_cause(projector, shapes)}"
+            f"{wrong}. {weights.likely_cause(projector, shapes, export.checkpoint.weights)}"
         )
 
 
@@ -329,10 +329,7 @@ def folder_config(export: Export, image_token: int, rows: int) -> dict[str, Any]
 def write_processor(export: Export, target: Path) -> None:
     """Write what `LlavaProcessor` reads: the picture's road into the tower, and the number of tokens."""
     path = export.tower / "preprocessor_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {path}: {error}. The vision tower's folder has to be whole") from error
+    settings = files.read_json(path)
     for name in ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"):
         settings.pop(name, None)
     kind = "CLIPImageProcessor" if export.has_cls else "SiglipImageProcessor"
@@ -378,8 +375,8 @@ def export_checkpoint(
 
     Raises:
         ExportError: the checkpoint cannot be exported, or the target cannot be written.
-        ProjectorWeightsError: the projector's weights are not whole.
-        ProjectorSpecError: its type string or options are not valid.
+        ProjectorWeightsError: the projector's weights are not whole, or a file is missing or cut off.
+        ProjectorSpecError: its type string or options are not valid, or a config cannot be read.
     """
     if target.exists():
         raise ExportError(f"{target} exists already: name another folder, or remove it")

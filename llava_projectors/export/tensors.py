@@ -1,4 +1,4 @@
-"""Tensors on disk: read one at a time from `.safetensors` and `.bin`, written one at a time to `.safetensors`.
+"""Tensors written one at a time to `.safetensors`.
 
 The safetensors library writes a shard from memory, 5 GB of it; here a shard's header is written
 first, from the shapes, and the tensors follow one by one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,131 +16,15 @@ from typing import Any
 
 import torch
 
-from llava_projectors.export.errors import ExportError
+from llava_projectors.files import DTYPES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STEMS = ("model.safetensors", "pytorch_model.bin")
+_NAMES = {f"torch.{kind}": name for name, kind in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # what transformers 4 writes
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not read yet.
-
-    Attributes:
-        path: the file.
-        key: its name there.
-        shape: its shape.
-        dtype: its dtype.
-        offset: of its first byte in a `.safetensors` file; -1 in a `.bin` file.
-    """
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int = -1
-
-    def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
-        if self.offset < 0:
-            return _load_bin(self.path)[self.key].clone()
-        if not math.prod(self.shape):
-            return torch.empty(self.shape, dtype=self.dtype)
-        data = bytearray(math.prod(self.shape) * item_size(self.dtype))
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            file.readinto(data)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
 
 def item_size(dtype: torch.dtype) -> int:
     """Bytes of one number."""
     return torch.empty(0, dtype=dtype).element_size()  # torch 2.0, LLaVA's own pin, has no dtype.itemsize
-
-
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of one file; only headers are read.
-
-    Raises:
-        ExportError: no such file, or it is cut off or of another format.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return _read_header(path)
-        return {
-            key: StoredTensor(path, key, tuple(value.shape), value.dtype)
-            for key, value in _load_bin(path).items()
-            if isinstance(value, torch.Tensor)
-        }
-    except pickle.UnpicklingError as error:  # whose message recommends to load without weights_only
-        raise ExportError(
-            f"cannot read {path}: it is of another format, or has objects in it that are not loaded"
-        ) from error
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, struct.error) as error:
-        raise ExportError(f"cannot read {path}: {error}. Copy or save the checkpoint again") from error
-
-
-def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of a checkpoint's folder, sharded or not.
-
-    Raises:
-        ExportError: there are no weights, or a shard is missing or cut off.
-    """
-    for stem in STEMS:
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (folder / stem).is_file():
-            shards = [stem]
-        else:
-            continue
-        tensors: dict[str, StoredTensor] = {}
-        for shard in shards:
-            tensors.update(stored_tensors(folder / shard))
-        return tensors
-    raise ExportError(f"{folder} has no weights: neither {' nor '.join(STEMS)}, nor an index of shards")
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size:
-            raise ValueError("this is no safetensors file")
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < end:
-        raise ValueError(f"it is cut off, {size} of {end} bytes")
-    return {
-        key: StoredTensor(
-            path, key, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + int(entry["data_offsets"][0])
-        )
-        for key, entry in header.items()
-    }
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin`, mapped, so that memory holds only what is touched until this mapping is dropped."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(weights)
 
 
 @dataclass(frozen=True)
@@ -206,7 +89,7 @@ def _write_shard(path: Path, shard: Sequence[Output], dtype: torch.dtype, output
     end = 0
     for output in shard:
         start, end = end, end + math.prod(output.shape) * item_size(dtype)
-        header[output.key] = {"dtype": NAMES[dtype], "shape": list(output.shape), "data_offsets": [start, end]}
+        header[output.key] = {"dtype": _NAMES[str(dtype)], "shape": list(output.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_projectors import files
 from llava_projectors.export.errors import ExportError
 
 IMAGE_TOKEN = "<image>"
@@ -155,7 +156,4 @@ def _content(token: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
+    return files.read_json(path) if path.is_file() else {}

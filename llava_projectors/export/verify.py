@@ -15,9 +15,9 @@ from typing import Any, Optional
 
 import torch
 
+from llava_projectors import files
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.tensors import checkpoint_tensors
 from llava_projectors.integration.loader import load, name_for
 from llava_projectors.registry import projector_class
 
@@ -114,8 +114,8 @@ def logits_on_this_stack(folder: Path, cases: Sequence[Case]) -> list[torch.Tens
     """
     import transformers
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights = {name: stored.read().float() for name, stored in checkpoint_tensors(folder).items()}
+    config = files.read_config(folder)
+    weights = {name: stored.read().float() for name, stored in files.checkpoint_tensors(folder).items()}
 
     def part(model: Any, prefix: str, also: tuple[str, ...] = ()) -> Any:
         own = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}

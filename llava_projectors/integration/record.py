@@ -55,7 +55,7 @@ def differences(path: str, projector: Projector, tower: ReducedTower) -> str:
     """
     config = weights.read_config_beside(path)
     if not config:
-        return "has no config.json beside it, so it cannot be known which stride and layers it was trained for"
+        return "has no readable config.json beside it, so it cannot be known which stride and layers it was trained for"
     recorded = projector.options_from_record(config.get(OPTIONS_SETTING, {})) or _options_by_type(config)
     now = projector.options_from_record(options_of(projector, tower))
     wrong = [

@@ -6,150 +6,79 @@ whose weights are absent or belong to another type would answer from random numb
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
-import struct
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from llava_projectors import files
+from llava_projectors.files import ProjectorWeightsError, projector_keys
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import OPTIONS_SETTING, as_trained, build_projector, forms, resolve
+from llava_projectors.registry import OPTIONS_SETTING, ResolvedSpec, as_trained, forms, resolve
 from llava_projectors.spec import ProjectorSpecError
 
 Shapes = dict[str, tuple[int, ...]]
 
-# A key of the projector's; `seg_mm_projector.` and the like are a fork's further projectors.
-_KEY = re.compile(r"(?:^|\.)mm_projector\.(.+)")
 # An attribute of the projector, so that a copy of the model still knows.
 _AWAITED = "_awaited_weights"
 ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
-
-
-class ProjectorWeightsError(ValueError):
-    """Weights do not fit the projector; the message names the keys and the likely cause."""
+# How LLaVA's models call the projector, and files that can be loaded by them.
+PLACES = ("model.mm_projector.", "transformer.mm_projector.")
 
 
 # What is in a file or a state dict
 
 
-def projector_keys(keys: Collection[str]) -> dict[str, str]:
-    """Name within the projector -> key, of the keys that are the projector's."""
-    return {match[1]: key for key in keys for match in [_KEY.search(key)] if match}
+@dataclass(frozen=True)
+class Found:
+    """What a file or a folder has.
 
-
-def file_shapes(path: str) -> Shapes:
-    """Name -> shape of the projector weights in a `.bin` or `.safetensors` file; tensor data is not read.
-
-    Raises:
-        ProjectorWeightsError: the file cannot be read, or is cut off.
+    Attributes:
+        shapes: name within the projector -> shape, of the weights that LLaVA's loader finds there.
+        keys: of all its tensors.
     """
-    try:
-        if path.endswith(".safetensors"):
-            shapes = _header_shapes(path)
-        else:
-            shapes = {key: tuple(value.shape) for key, value in _read_bin(path, "meta").items()}
-    except Exception as error:  # torch raises a dozen kinds, none of which names the file
-        raise ProjectorWeightsError(f"cannot read {path}: {_cause_of_bad_file(path, error)}") from error
-    return {name: shapes[key] for name, key in projector_keys(shapes).items()}
+
+    shapes: Shapes
+    keys: Collection[str]
 
 
-def _header_shapes(path: str) -> Shapes:
-    """Name -> shape of every tensor of a `.safetensors` file that is as long as its header says."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size:  # before memory is taken for it
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < whole:
-        raise ValueError(f"{whole - size} of {whole} bytes are missing")
-    return {key: tuple(entry["shape"]) for key, entry in header.items()}
+def _found(tensors: Mapping[str, Any], places: Optional[tuple[str, ...]] = None) -> Found:
+    """Of tensors by key, real or stored; only the keys in these places are LLaVA's to find."""
+    names = projector_keys(key for key in tensors if places is None or key.startswith(places))
+    return Found({name: tuple(tensors[key].shape) for name, key in names.items()}, tensors.keys())
 
 
-def read_adapter(path: str) -> Shapes:
-    """Name -> shape of the projector weights in an adapter's file, every number of them looked at.
+def read_adapter(path: str) -> Found:
+    """What an adapter's file has, every number looked at.
 
     Raises:
         ProjectorWeightsError: the file cannot be read, is no dict of tensors, or holds NaN or infinity.
     """
-    try:
-        found = _read_bin(path, "cpu")
-    except Exception as error:  # torch raises a dozen kinds, none of which names the file
-        raise ProjectorWeightsError(f"cannot read {path}: {_cause_of_bad_file(path, error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ProjectorWeightsError(
-            f"{path} is no adapter: it holds {_kind(found)}, not a dict of tensors; "
-            "pass the mm_projector.bin that LLaVA's pretraining writes"
-        )
-    for key, value in found.items():
+    tensors = files.load_tensors(path)
+    for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ProjectorWeightsError(
                 f"{path} holds NaN or infinity in {key!r}: its training diverged; train it again with a smaller "
                 "learning rate, or use an earlier checkpoint"
             )
-    return {name: tuple(found[key].shape) for name, key in projector_keys(found).items()}
+    return _found(tensors)
 
 
-def _read_bin(path: str, device: str) -> Any:
-    """What `torch.save` wrote; on the device `meta`, without its numbers."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
-        return torch.load(path, map_location=device, weights_only=True)
+def find_in_folder(folder: str) -> Found:
+    """What a checkpoint's folder has: a full one, or its adapter's files; headers only.
 
-
-def _cause_of_bad_file(path: str, error: Exception) -> str:
-    size = os.path.getsize(path)
-    if size == 0:
-        return "it is empty; copy it again"
-    with open(path, "rb") as file:
-        start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-    if isinstance(error, pickle.UnpicklingError):  # whose message recommends to load without weights_only
-        return f"it is no file of tensors ({size} bytes): of another format, or with objects in it that are not loaded"
-    first_line = str(error).split("\n")[0]
-    return f"it is truncated or of another format ({size} bytes; {type(error).__name__}: {first_line}); copy it again"
-
-
-def _kind(found: Any) -> str:
-    if isinstance(found, dict):
-        other = next(type(value).__name__ for value in found.values() if not isinstance(value, torch.Tensor))
-        return f"a dict with a value of type {other}"
-    return f"a {type(found).__name__}"
-
-
-def checkpoint_shapes(folder: str) -> Shapes:
-    """Name -> shape of the projector weights in a checkpoint's folder, sharded or not; headers only."""
-    shapes: Shapes = {}
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = os.path.join(folder, f"{stem}.index.json")
-        files = {stem}
-        if os.path.isfile(index):
-            with open(index, encoding="utf-8") as file:
-                shard_of = json.load(file)["weight_map"]
-            files = {shard_of[key] for key in projector_keys(shard_of).values()}
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                shapes.update(file_shapes(path))
-        if shapes:
-            break
-    return shapes
-
-
-def adapter_shapes(folder: str) -> Shapes:
-    """Name -> shape of the projector weights in the adapter files of a folder, if it has any; headers only."""
+    Raises:
+        ProjectorWeightsError: a file is missing, or cannot be read.
+    """
+    if files.has_weights(folder):
+        return _found(files.checkpoint_tensors(folder), PLACES)
     paths = [os.path.join(folder, name) for name in ADAPTER_FILES]
-    return {name: shape for path in paths if os.path.isfile(path) for name, shape in file_shapes(path).items()}
+    return _found({k: v for path in paths if os.path.isfile(path) for k, v in files.stored_tensors(path).items()})
 
 
 def expected_shapes(projector: Projector) -> Shapes:
@@ -192,19 +121,43 @@ def _shorten(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def likely_cause(projector: Projector, found: Collection[str]) -> str:
-    """One sentence on how such weights came about."""
+def likely_cause(projector: Projector, found: Collection[str], keys: Collection[str] = ()) -> str:
+    """One sentence on how such weights came about, as far as was compared.
+
+    Args:
+        projector: that the weights were to be loaded into.
+        found: names within the projector that the weights have.
+        keys: all keys beside them, where they are known.
+    """
+    expected = expected_shapes(projector)
+    prefix = other_prefix(expected, keys) if expected.keys() - set(found) else None
+    if prefix is not None:
+        return (
+            f"All of them are there, but begin with {prefix!r}, and LLaVA's loader looks for {PLACES[0]!r}: save the "
+            "weights again with their keys renamed"
+        )
     if not found:
-        return "There are no projector weights at all: the file is of another kind, or was cut or saved incompletely."
+        others = f": the keys are {_shorten(sorted(keys))}" if keys else ""
+        return f"There are no projector weights at all{others}."
     looks_like = identify(found)
     if looks_like is None:
         return "The keys are those of no projector known here."
-    if looks_like == identify(expected_shapes(projector)):
+    if looks_like == identify(expected):
         return "The type is right but the sizes differ: another LLM, vision tower, stride, layer count or other option."
     return (
         f"The weights look like {looks_like!r}: they were trained as that type, or without this plugin; "
         "use that type, with the options of its training, or weights of your own type."
     )
+
+
+def other_prefix(expected: Collection[str], keys: Collection[str]) -> Optional[str]:
+    """What stands before every name of the projector, if all are among the keys but LLaVA's loader does not see it."""
+    first = next(iter(expected), None)
+    if first is None:
+        return None
+    prefixes = (key[: -len(first)] for key in keys if key == first or key.endswith(f".{first}"))
+    strange = (p for p in prefixes if p not in PLACES and all(f"{p}{name}" in keys for name in expected))
+    return next(strange, None)
 
 
 def identify(found: Collection[str]) -> Optional[str]:
@@ -217,8 +170,7 @@ def identify(found: Collection[str]) -> Optional[str]:
         return f"mlp{len(linears)}x_gelu"
     for type_string in forms():
         try:
-            with torch.device("meta"):
-                projector = build_projector(type_string, 128, 128)
+            projector = resolve(type_string).build_empty(128, 128)
         except ProjectorSpecError:  # a user's type may need options
             continue
         if names == {parameter for parameter, _ in projector.named_parameters()}:
@@ -226,14 +178,36 @@ def identify(found: Collection[str]) -> Optional[str]:
     return None
 
 
+def sizes_of(
+    resolved: ResolvedSpec, found: Shapes, channels: Optional[int], width: Optional[int]
+) -> Optional[tuple[int, int]]:
+    """C and D with which the type has just these shapes, or None.
+
+    Args:
+        resolved: the type.
+        found: of the weights.
+        channels: C, if it is known.
+        width: D, if it is known.
+    """
+    levels = resolved.cls.count_levels(resolved.options.get("layers"))
+    sizes = {size for shape in found.values() for size in shape if size}
+    parts = {size // levels for size in sizes if size % levels == 0}
+    for c in [channels] if channels else sorted(sizes | parts, reverse=True):
+        for d in [width] if width else sorted(sizes, reverse=True):
+            try:
+                if expected_shapes(resolved.build_empty(c, d)) == found:
+                    return c, d
+            except (ProjectorSpecError, RuntimeError, TypeError, ZeroDivisionError):  # no sizes of such a projector
+                continue
+    return None
+
+
 def read_config_beside(path: str) -> dict[str, Any]:
-    """The config.json that LLaVA writes beside an adapter; empty where there is none."""
+    """The config.json that LLaVA writes beside an adapter; empty where there is none that can be read."""
     try:
-        with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as file:
-            config: dict[str, Any] = json.load(file)
-    except (OSError, ValueError):
+        return files.read_config(os.path.dirname(path))
+    except ProjectorSpecError:
         return {}
-    return config
 
 
 # Where it is checked
@@ -242,28 +216,62 @@ def read_config_beside(path: str) -> dict[str, Any]:
 def check_adapter(projector: Projector, type_string: str, path: str) -> None:
     """Raise before LLaVA loads `--pretrain_mm_mlp_adapter` into a projector that it does not fit."""
     found = read_adapter(path)
-    wrong = problems(expected_shapes(projector), found)
+    wrong = problems(expected_shapes(projector), found.shapes)
     if not wrong:
         return
+    cause = likely_cause(projector, found.shapes, found.keys)
     beside = read_config_beside(path)
     written_as = beside.get("mm_projector_type")
-    cause = likely_cause(projector, found)
-    if written_as is not None:
+    if written_as is not None and found.shapes:
         trained_as = as_trained(written_as, beside.get(OPTIONS_SETTING, {}))
-        cause = f"The config.json beside it says it was trained as {trained_as!r}: pass that type, or its own weights."
+        if trained_as != type_string:
+            cause = (
+                f"The config.json beside it says it was trained as {trained_as!r}: pass that type, or its own weights."
+            )
     raise ProjectorWeightsError(
         f"--pretrain_mm_mlp_adapter {path} does not fit --mm_projector_type {type_string}: {wrong}. {cause}"
     )
 
 
+def await_weights(projector: Projector) -> None:
+    """Refuse its forward until every parameter has got its numbers, by whatever way."""
+    setattr(projector, _AWAITED, {name: _sample(value) for name, value in projector.named_parameters()})
+    projector.register_forward_pre_hook(_refuse_without_weights)
+
+
 def awaited_weights(projector: Projector) -> frozenset[str]:
-    """Parameters that a checkpoint was to provide and has not, yet."""
-    awaited: frozenset[str] = getattr(projector, _AWAITED, frozenset())
-    return awaited
+    """Parameters that a checkpoint was to provide and has not, yet: no state dict had them, and their numbers are as
+    they were."""
+    first: dict[str, Optional[torch.Tensor]] = getattr(projector, _AWAITED, {})
+    parameters = dict(projector.named_parameters())
+    kept = {name for name, sample in first.items() if name in parameters and _is_same(sample, parameters[name])}
+    # A bias of zeros and a norm's ones may be what was provided: they have come with the others.
+    alike = {name for name, sample in first.items() if sample is not None and len(sample.unique()) == 1}
+    return frozenset() if kept <= alike < first.keys() else frozenset(kept)
+
+
+def _sample(parameter: torch.Tensor) -> Optional[torch.Tensor]:
+    """Some of its numbers, in the narrowest dtype that it may be converted to; None where there are none."""
+    if parameter.is_meta or not parameter.numel():
+        return None
+    return parameter.detach().flatten()[:64].cpu().half()
+
+
+def _is_same(sample: Optional[torch.Tensor], parameter: torch.Tensor) -> bool:
+    now = _sample(parameter)
+    if sample is None or now is None:
+        return True
+    return torch.allclose(sample.float(), now.float(), rtol=0.01, atol=1e-6, equal_nan=True)
 
 
 def check_adapter_files(folder: str) -> None:
-    """Raise before LLaVA loads an adapter of a checkpoint's folder that is damaged."""
+    """Raise before LLaVA loads an adapter of a checkpoint's folder that is damaged, or half of one."""
+    has_lora = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if has_lora and not (files.has_weights(folder) or os.path.isfile(os.path.join(folder, ADAPTER_FILES[1]))):
+        raise ProjectorWeightsError(
+            f"{folder} has a LoRA adapter but no {ADAPTER_FILES[1]}, which holds the projector: LLaVA writes it when a "
+            "run ends, and with this plugin into every checkpoint-N"
+        )
     for name in ADAPTER_FILES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
@@ -289,7 +297,20 @@ def _check_state_dict(module: Projector, state_dict: Mapping[str, Any], prefix: 
         raise ProjectorWeightsError(
             f"weights do not fit the projector {module.name!r}: {wrong}. {likely_cause(module, found)}"
         )
-    setattr(module, _AWAITED, awaited_weights(module) - found.keys())
+    awaited = getattr(module, _AWAITED, {})
+    setattr(module, _AWAITED, {name: sample for name, sample in awaited.items() if name not in found})
+
+
+def take_wrapped_keys(model: nn.Module) -> None:
+    """Let a model take an adapter's weights whatever wrapped the model that wrote them, as LLaVA's training does."""
+    model._register_load_state_dict_pre_hook(_unwrap_keys, with_module=True)  # type: ignore[no-untyped-call]
+
+
+def _unwrap_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for place, _projector in projectors_of(model):
+        own = f"{prefix}{place}"
+        if own.endswith(PLACES) and not any(key.startswith(own) for key in state_dict):
+            state_dict.update({f"{own}{name}": state_dict[key] for name, key in projector_keys(state_dict).items()})
 
 
 def projectors_of(model: nn.Module) -> Iterator[tuple[str, Projector]]:
@@ -309,27 +330,32 @@ def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> 
     """
     for prefix, projector in projectors_of(model):
         expected = expected_shapes(projector)
-        missing = {key[len(prefix) :] for key in info["missing_keys"] if key.startswith(prefix)}
+        # transformers leaves the model's own prefix out where no key of the checkpoint has it.
+        places = (prefix, prefix.partition(".")[2])
+        missing = {key[len(place) :] for key in info["missing_keys"] for place in places if key.startswith(place)}
         mismatched = {
             entry[0][len(prefix) :]: tuple(entry[1]) for entry in info["mismatched_keys"] if prefix in entry[0]
         }
-        left_over = projector_keys(info["unexpected_keys"])
+        # Under another prefix than the model's, they are not loaded, however they are called.
+        left_over = projector_keys(info["unexpected_keys"]).keys() - missing
+        elsewhere = other_prefix(expected, info["unexpected_keys"]) is not None
         if not (missing or mismatched or left_over):
             continue
-        if missing == expected.keys() and not left_over:
-            setattr(projector, _AWAITED, frozenset(missing))
-            projector.register_forward_pre_hook(_refuse_without_weights)
+        if missing == expected.keys() and not left_over and not elsewhere:
+            await_weights(projector)
             continue
         found: Shapes = {name: shape for name, shape in expected.items() if name not in missing}
         found.update(mismatched)
         found.update(dict.fromkeys(left_over, ()))
-        raise _misfit(projector, source, problems(expected, found), found)
+        raise _misfit(projector, source, problems(expected, found), found, info["unexpected_keys"])
 
 
-def _misfit(projector: Projector, source: str, wrong: str, found: Shapes) -> ProjectorWeightsError:
+def _misfit(
+    projector: Projector, source: str, wrong: str, found: Shapes, keys: Collection[str]
+) -> ProjectorWeightsError:
     return ProjectorWeightsError(
         f"the projector {projector.name!r} does not get its weights from {source}: {wrong}. "
-        f"{likely_cause(projector, found)}"
+        f"{likely_cause(projector, found, keys)}"
     )
 
 
@@ -340,16 +366,21 @@ def check_complete(model: nn.Module, source: str) -> None:
         if missing:
             raise ProjectorWeightsError(
                 f"the projector {projector.name!r} got no weights from {source}: "
-                f"missing: {_shorten(sorted(missing))}. {_explain_source(projector, source)}"
+                f"missing: {_shorten(sorted(missing))}{_explain_source(projector, source)}"
             )
 
 
 def _explain_source(projector: Projector, source: str) -> str:
-    """Why a checkpoint's own files did not provide the weights."""
-    return likely_cause(projector, adapter_shapes(source))
+    """Why a checkpoint's own files did not provide the weights; nothing is known of one on the hub."""
+    if not os.path.isdir(source):
+        return ""
+    found = find_in_folder(source)
+    return f". {likely_cause(projector, found.shapes, found.keys)}"
 
 
 def _refuse_without_weights(module: Projector, _: Any) -> None:
+    if not getattr(module, _AWAITED, None):
+        return
     missing = awaited_weights(module)
     if missing:
         raise ProjectorWeightsError(
@@ -357,6 +388,7 @@ def _refuse_without_weights(module: Projector, _: Any) -> None:
             f"{_shorten(sorted(missing))}. First load a checkpoint that has projector weights, "
             "or an mm_projector.bin or non_lora_trainables.bin, into the model"
         )
+    setattr(module, _AWAITED, {})
 
 
 def explain_failed_load(source: str, config: Any) -> Optional[ProjectorWeightsError]:
@@ -368,13 +400,11 @@ def explain_failed_load(source: str, config: Any) -> Optional[ProjectorWeightsEr
     """
     try:
         if config is None:
-            with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
-                config = SimpleNamespace(**json.load(file))
-        with torch.device("meta"):
-            resolved = resolve(config.mm_projector_type, config)
-            projector = resolved.build(config.mm_hidden_size, config.hidden_size)
-        found = checkpoint_shapes(source)
+            config = SimpleNamespace(**files.read_config(source))
+        resolved = resolve(config.mm_projector_type, config)
+        projector = resolved.build_empty(config.mm_hidden_size, config.hidden_size)
+        found = find_in_folder(source)
     except (OSError, ValueError, AttributeError):  # no local folder, or no projector of ours: not our concern
         return None
-    wrong = problems(expected_shapes(projector), found) if found else ""
-    return _misfit(projector, source, wrong, found) if wrong else None
+    wrong = problems(expected_shapes(projector), found.shapes) if found.shapes else ""
+    return _misfit(projector, source, wrong, found.shapes, found.keys) if wrong else None

@@ -8,7 +8,6 @@ import time, LLaVA would swallow it.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import nn
 
-from llava_projectors import registry
+from llava_projectors import files, registry
 from llava_projectors.integration import high_resolution, layout, record, weights
 from llava_projectors.integration.gate import Package, is_our_type
 from llava_projectors.integration.log import log
@@ -152,7 +151,7 @@ def load_checkpoint(original: Function, package: Package, cls: Any, source: Any,
     with_info = kwargs.pop("output_loading_info", False)
     try:
         model, info = original(cls, source, *args, output_loading_info=True, **kwargs)
-    except weights.ProjectorWeightsError:
+    except files.ProjectorWeightsError:
         raise
     except (RuntimeError, ValueError) as error:
         explained = weights.explain_failed_load(str(source), kwargs.get("config"))
@@ -160,6 +159,7 @@ def load_checkpoint(original: Function, package: Package, cls: Any, source: Any,
             raise
         raise explained from error
     weights.check_pretrained(model, info, str(source))
+    weights.take_wrapped_keys(model)
     return (model, info) if with_info else model
 
 
@@ -191,8 +191,7 @@ def read_config(source: Any, arguments: Arguments) -> Optional[SimpleNamespace]:
     try:
         from transformers.utils import cached_file
 
-        with open(cached_file(source, "config.json", **lookup), encoding="utf-8") as file:
-            return SimpleNamespace(**json.load(file))
+        return SimpleNamespace(**files.read_json(cached_file(source, "config.json", **lookup)))
     except Exception:  # no such checkpoint, no network, no config: the original says so better
         return None
 
@@ -245,8 +244,7 @@ def check_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
         tower = build_tower(model_args, delay_load=True)
         setattr(model_args, _SEEN_TOWER, tower)
     resolved = registry.resolve(type_string, model.config)
-    with torch.device("meta"):
-        projector = resolved.build(tower.hidden_size, model.config.hidden_size)
+    projector = resolved.build_empty(tower.hidden_size, model.config.hidden_size)
     weights.check_adapter(projector, type_string, path)
     different = record.differences(path, projector, tower)
     if different:
@@ -279,18 +277,30 @@ def announce(model: Any) -> None:
 
 
 def check_tokens(resolved: registry.ResolvedSpec, projector: Projector, side: int) -> None:
-    """Raise unless the projector gives as many visual tokens as its class says; nothing is computed.
+    """Raise unless the projector gives as many visual tokens as its class says; nothing is computed where it can be.
 
     Raises:
         ProjectorSpecError: with both shapes.
     """
-    channels = projector.num_levels * projector.mm_hidden_size
-    with torch.device("meta"), torch.no_grad():
-        twin = resolved.build(projector.mm_hidden_size, projector.hidden_size)
-        found = list(twin(torch.empty(1, side**2, channels)).shape)
+    shape = (1, side**2, projector.num_levels * projector.mm_hidden_size)
+    try:
+        found = _output_shape(resolved, projector, shape, "meta")
+    except Exception:  # a forward that looks at numbers, as a boolean mask does
+        try:
+            found = _output_shape(resolved, projector, shape, "cpu")
+        except Exception:  # one that needs another device: the first forward tells
+            return
     promised = [1, resolved.output_side(side) ** 2, projector.hidden_size]
     if found != promised:
         raise ProjectorSpecError(
             f"projector type {resolved.type_string!r} breaks its contract on a grid of {side}x{side} patches: its "
             f"output_side promises visual tokens [images, tokens, channels] {promised}, its forward returns {found}"
         )
+
+
+def _output_shape(
+    resolved: registry.ResolvedSpec, projector: Projector, shape: tuple[int, ...], device: str
+) -> list[int]:
+    with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        twin = resolved.build(projector.mm_hidden_size, projector.hidden_size)
+        return list(twin(torch.zeros(shape)).shape)

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 import torch
 from PIL import Image
 
-from llava_projectors import registry
+from llava_projectors import files, registry
 from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
 from llava_projectors.integration.loader import load
 from llava_projectors.integration.log import log
@@ -134,7 +134,7 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
     for option, place in (("--model-path", path), ("--model-base", base)):
         if place is not None and not Path(place).is_dir() and HUB_NAME.fullmatch(place) is None:
             raise ValueError(f"{option} {place} is no folder")
-    config, _ = PretrainedConfig.get_config_dict(path)
+    config = files.read_config(path) if Path(path).is_dir() else PretrainedConfig.get_config_dict(path)[0]
     kind = config.get("mm_projector_type")
     if kind is None:
         raise ValueError(f"{path} is no LLaVA checkpoint: its config.json has no mm_projector_type")
@@ -153,7 +153,7 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
 
 def _check_weights(folder: Path, base: Optional[str], name: str) -> None:
     adapters = [file for file in ("adapter_config.json", "mm_projector.bin") if (folder / file).is_file()]
-    if any(folder.glob("model*.safetensors*")) or any(folder.glob("pytorch_model*.bin*")):
+    if files.has_weights(folder):
         if base is not None and not adapters:
             raise ValueError(f"{folder} is a full checkpoint: leave --model-base {base} out")
     elif not adapters:
