@@ -137,11 +137,12 @@ def machine(device: torch.device) -> dict[str, str]:
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    versions = {package: _version(package) for package in ("torch", "transformers", "llava-projectors")}
+    versions = {package: version(package) for package in ("torch", "transformers", "llava-projectors")}
     return {"device": device.type, "machine": name, "python": platform.python_version(), **versions}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or ""."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ BASELINES = (
     "stf:layers=3+7",
     "delta",
 )
+OPTIONS = ("saep:readout_size=24", "saep:level_norm=none,stride=3")
 
 
 def outlier_features(projector, dtype, batch=2, side=12):
@@ -92,9 +93,7 @@ class AutocastOfCuda(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "projector_type", [*TYPES, *BASELINES, "saep:readout_size=24", "saep:level_norm=none,stride=3"]
-)
+@pytest.mark.parametrize("projector_type", [*TYPES, *BASELINES, *OPTIONS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision_as_on_cuda(projector_type, dtype, features_dtype):
@@ -135,18 +134,19 @@ def test_compiles_as_one_graph(device, projector_type, heads):
 
 
 class Opaque(nn.Module):
-    """A linear layer without `weight`, as a quantised one has none that can be read."""
+    """A linear layer without `weight`, as a quantised one has none that can be read; and that takes rows only."""
 
     def __init__(self, linear):
         super().__init__()
         self.run = [linear]
 
     def forward(self, x):
+        assert x.ndim == 2, f"called on {list(x.shape)}, not on [rows, channels]"
         return self.run[0](x)
 
 
-@pytest.mark.parametrize("projector_type", [*TYPES, *BASELINES])
-def test_linear_layers_are_called_never_read(projector_type):
+@pytest.mark.parametrize("projector_type", [*TYPES, *BASELINES, *OPTIONS])
+def test_linear_layers_are_called_on_rows_never_read(projector_type):
     """8- and 4-bit loading puts other modules in the place of `nn.Linear`."""
     projector = build_projector(projector_type, 32, 16)
     x = torch.randn(1, 144, projector.num_levels * 32)

@@ -10,7 +10,7 @@ from torch import nn
 
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.grid import average_regions
-from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, by_rows
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -53,7 +53,7 @@ class CAbstractor(Projector):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, ceil(H / stride)**2, D], in the dtype of the weights."""
-        grid = self.before(self.embed(self.to_grid(features)))
+        grid = self.before(by_rows(self.embed, self.to_grid(features)))
         return self.readout(self.after(average_regions(grid, self.stride)).flatten(1, 2))
 
 
@@ -71,7 +71,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """One residual step."""
-        hidden = F.silu(self.expand(self.norm(grid)))
+        hidden = F.silu(by_rows(self.expand, self.norm(grid)))
         hidden = F.silu(self.depthwise(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(hidden.mean((1, 2), keepdim=True)))))
-        return grid + self.contract(hidden * gate)
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(hidden.mean((1, 2))))))
+        return grid + by_rows(self.contract, hidden * gate[:, None, None])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors.layers import DepthwiseConv2d
+from llava_projectors.projectors.layers import DepthwiseConv2d, by_rows
 
 
 class SeparableBlock(nn.Module):
@@ -30,7 +30,7 @@ class SeparableBlock(nn.Module):
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Shapes as above."""
         convolved = self.depthwise(self.norm(grid).permute(0, 3, 1, 2))
-        return grid + self.pointwise(F.gelu(convolved.permute(0, 2, 3, 1)))
+        return grid + by_rows(self.pointwise, F.gelu(convolved.permute(0, 2, 3, 1)))
 
 
 class LevelNorm(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_projectors.projectors.base import Projector, multi_level_layers
-from llava_projectors.projectors.layers import TwoLayerMLP, head_count, sine_positions
+from llava_projectors.projectors.layers import TwoLayerMLP, by_rows, head_count, sine_positions
 from llava_projectors.projectors.registration import register_projector
 from llava_projectors.projectors.tokenpacker import RegionAttention, downsample_bilinear
 
@@ -96,7 +96,7 @@ class DeltaProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shapes as above."""
-        return self.norm(F.gelu(self.shared(x) + self.widen(self.narrow(x))))
+        return self.norm(F.gelu(by_rows(self.shared, x) + by_rows(self.widen, by_rows(self.narrow, x))))
 
 
 class SpecializationBlock(nn.Module):
@@ -125,20 +125,20 @@ class SpecializationBlock(nn.Module):
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Shapes as above."""
-        attended = self.enter(grid)
+        attended = by_rows(self.enter, grid)
         attended = attended + self.attention(self.norm(attended))
-        local = self.branch(attended)
+        local = by_rows(self.branch, attended)
         convolved = self.convolve(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        local = local + self.mix(F.relu(self.norm_convolved(convolved)))
+        local = local + by_rows(self.mix, F.relu(self.norm_convolved(convolved)))
         joined = torch.cat([attended, local], dim=-1)
-        return joined + self.contract(F.relu(self.expand(joined)))
+        return joined + by_rows(self.contract, F.relu(by_rows(self.expand, joined)))
 
     def attention(self, grid: torch.Tensor) -> torch.Tensor:
         """Of every position over all: [B, h, w, K] -> the same."""
-        heads = self.query_key_value(grid).flatten(1, 2).unflatten(-1, (3, -1, self.head_size))
+        heads = by_rows(self.query_key_value, grid).flatten(1, 2).unflatten(-1, (3, -1, self.head_size))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value)
-        return self.merge(out.transpose(1, 2).reshape(grid.shape))
+        return by_rows(self.merge, out.transpose(1, 2).reshape(grid.shape))
 
 
 def head_size(channels: int) -> int:

@@ -35,6 +35,14 @@ def sine_positions(side: int, like: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1)[..., :channels].flatten(0, 1).to(like.dtype)
 
 
+def by_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer, called on [rows, channels]: [..., in_features] -> [..., out_features].
+
+    What stands in for `nn.Linear` may take no grid: layers of bitsandbytes in 8 bits flatten three dimensions only.
+    """
+    return layer(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
 class TwoLayerMLP(nn.Sequential):
     """Linear, GELU, Linear: the shape of LLaVA-1.5's `mlp2x_gelu`, and of TokenPacker's key and value stacks.
 
@@ -49,9 +57,9 @@ class TwoLayerMLP(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         expand, activate, mix = self
-        activated, made = remember(activate, expand(x))
+        activated, made = remember(activate, expand(x.flatten(0, -2)))
         with recomputed(made):
-            return mix(activated)
+            return mix(activated).unflatten(0, x.shape[:-1])
 
 
 class DepthwiseConv2d(nn.Conv2d):

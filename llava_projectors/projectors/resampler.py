@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_projectors.projectors.base import Projector
-from llava_projectors.projectors.layers import head_count, sine_positions
+from llava_projectors.projectors.layers import by_rows, head_count, sine_positions
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -67,16 +67,16 @@ class Resampler(Projector):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[B, H*H, L*C] -> [B, num_queries, D], in the dtype of the weights."""
         side = self.to_grid(features).shape[1]
-        patches = self.norm_patches(self.embed(features))
+        patches = self.norm_patches(by_rows(self.embed, features))
         query = self.to_query(self.norm_queries(self.queries) + sine_positions(self.query_side, self.queries))
-        key = self.to_key(patches + sine_positions(side, patches))
+        key = by_rows(self.to_key, patches + sine_positions(side, patches))
         batch = features.shape[0]
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for t in (query.expand(batch, -1, -1), key, self.to_value(patches))
+            for t in (query.expand(batch, -1, -1), key, by_rows(self.to_value, patches))
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.readout(self.norm(self.merge(out)))
+        return by_rows(self.readout, self.norm(by_rows(self.merge, out)))
 
 
 def _side(num_queries: int) -> int:

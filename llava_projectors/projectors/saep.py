@@ -11,7 +11,7 @@ from torch import nn
 from llava_projectors.projectors.base import Projector, middle_and_selected
 from llava_projectors.projectors.convolutions import LevelNorm, SeparableBlock
 from llava_projectors.projectors.grid import average_regions, max_regions, pad_grid
-from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP
+from llava_projectors.projectors.layers import DepthwiseConv2d, TwoLayerMLP, by_rows
 from llava_projectors.projectors.registration import register_projector
 
 
@@ -137,9 +137,9 @@ class SAEP(Projector):
         """[B, H*H, L*C] -> [B, ceil(H / stride)**2, D], in the dtype of the weights."""
         grid = self.levels(self.to_grid(features))
         if self.order == "pointwise_first":
-            grid = self.reduce(self.before(self.aggregate(grid)))
+            grid = self.reduce(self.before(by_rows(self.aggregate, grid)))
         else:
-            grid = self.aggregate(self.reduce(grid))
+            grid = by_rows(self.aggregate, self.reduce(grid))
         return self.readout(self.norm(self.after(grid).flatten(1, 2)))
 
     def reduce(self, grid: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from llava_projectors.projectors import kernels
 from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.grid import pad_grid, region_mask, to_regions
-from llava_projectors.projectors.layers import TwoLayerMLP, head_count
+from llava_projectors.projectors.layers import TwoLayerMLP, by_rows, head_count
 from llava_projectors.projectors.recompute import is_transforming, recomputed, remember
 from llava_projectors.projectors.registration import register_projector
 
@@ -90,7 +90,8 @@ class TokenPacker(Projector):
 
     def point_queries(self, grid: torch.Tensor) -> torch.Tensor:
         """One per region, from the selected hidden state: [B, H, W, L*C] -> [B, h, w, E]."""
-        return self.ln_q_1(self.q_proj_1(downsample_bilinear(grid[..., -self.mm_hidden_size :], self.stride)))
+        coarse = downsample_bilinear(grid[..., -self.mm_hidden_size :], self.stride)
+        return self.ln_q_1(by_rows(self.q_proj_1, coarse))
 
     @torch.no_grad()
     def region_weights(self, features: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ class RegionAttention(nn.Module):
         attend = _fused() if kernels.are_wanted(q) else _attend
         patches = region_patches(key, stride)
         out, _ = attend(q, key, value, k_weight, v_weight, patches, stride)
-        return self.out_proj(out.reshape(query.shape) + v_bias)
+        return self.out_proj(out.flatten(1) + v_bias).view(query.shape)
 
     def scaled_queries(self, query: torch.Tensor) -> torch.Tensor:
         """[B, h, w, E] -> [B*h*w, n, d], for n heads of d channels."""
