@@ -1,15 +1,19 @@
 """What the documents point at is there, and their figures are those that were measured."""
 
 import configparser
+import os
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import warm
 
+from benchmarks import idea
 from benchmarks.speed import flops
 from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
@@ -47,6 +51,15 @@ def anchors(path):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"`python (?:-m )?([^\s`]*benchmarks[^\s`]*)", BENCHMARKS))))
 def test_a_benchmark_starts_as_its_readme_says(module):
     assert "usage: " in warm.run([sys.executable, "-m", module, "--help"], cwd=ROOT).stdout
+
+
+def test_the_photograph_is_credited_wherever_it_is_shown():
+    """Author, source and licence: in NOTICE, in the drawing, and beside it."""
+    credited = [ROOT / "NOTICE", ROOT / "README.md", ROOT / "examples" / "2_what_a_visual_token_sees.ipynb"]
+    for text in (*(path.read_text() for path in credited), idea.CREDIT):
+        assert "vultilion" in text
+        assert "flickr.com/photos/vultilion/6056698931" in text
+        assert re.search(r"CC BY 2\.0|Creative Commons Attribution 2\.0", text)
 
 
 def test_one_range_of_versions_is_tested():
@@ -225,6 +238,23 @@ def millions(type_string):
     with torch.device("meta"):
         projector = build_projector(type_string, mm_hidden_size=1024, hidden_size=4096)
     return sum(parameter.numel() for parameter in projector.parameters()) / 1e6
+
+
+@pytest.mark.slow
+def test_a_users_projector_passes_the_type_checker(tmp_path):
+    """The class in the documents and the one in the notebook, beside the installed package."""
+    documented = re.search(
+        r"```python\n(import llava_projectors\n.+?)```", (ROOT / "docs" / "types.md").read_text(), re.S
+    )
+    notebook = nbformat.read(ROOT / "examples" / "3_your_own_projector.ipynb", as_version=4)
+    written = next(cell.source for cell in notebook.cells if cell.source.startswith("%%writefile"))
+    for name, source in (("documented", documented[1]), ("written", written.partition("\n")[2])):
+        (tmp_path / f"{name}.py").write_text(source)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "documented.py", "written.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_plan_of_many_nodes_is_what_is_printed(capsys):
