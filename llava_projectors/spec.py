@@ -240,7 +240,7 @@ def _values(hint: Any, where: str) -> Values:
         inner = [argument for argument in arguments if argument is not type(None)]
         if len(inner) == 1:
             return replace(_values(inner[0], where), or_none=True)
-    elif origin is typing.Literal:
+    elif origin is typing.Literal and type(arguments[0]) in _PLAIN and len(set(map(type, arguments))) == 1:
         expects = "one of " + ", ".join(map(format_value, arguments))
         return replace(_PLAIN[type(arguments[0])], expects=expects, choices=arguments)
     elif origin is tuple and arguments[1:] == (Ellipsis,) and arguments[0] in _PLAIN:
@@ -254,7 +254,7 @@ def _values(hint: Any, where: str) -> Values:
         return _PLAIN[hint]
     raise TypeError(
         f"{where} is annotated {hint!r}; a type string can give int, float, bool, str, "
-        "Literal[...], tuple[int, ...] or Optional of these"
+        "Literal[...] of one of these, tuple[int, ...] or Optional of these"
     )
 
 

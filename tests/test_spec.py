@@ -130,6 +130,18 @@ def test_specs_are_values():
         assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
 
 
+@pytest.mark.parametrize(
+    "hint", [Literal[None, "x"], Literal[None], Literal[1, "x"], Optional[Literal[None, "x"]], tuple]
+)
+def test_an_option_that_no_type_string_can_give_is_refused(clean_registry, hint):
+    class Odd(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size, *, mode: hint = None):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+    with pytest.raises(TypeError, match="option 'mode' of .*Odd is annotated .*; a type string can give int, "):
+        lp.register_projector("odd")(Odd)
+
+
 def test_registering_refuses_what_would_surprise(clean_registry):
     class Fine(lp.Projector):
         def __init__(self, mm_hidden_size, hidden_size):
