@@ -19,7 +19,7 @@ from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
-from llava_projectors.commands.cli import main
+from llava_projectors.commands.cli import COMMANDS, main
 from llava_projectors.commands.doctor import TESTED
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,18 @@ def test_the_photograph_is_credited_wherever_it_is_shown():
         assert re.search(r"CC BY 2\.0|Creative Commons Attribution 2\.0", text)
 
 
+def test_the_changelog_and_one_table_have_every_environment_variable():
+    sources = [*ROOT.glob("llava_projectors/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    names = set(re.findall(r"\bLLAVA_PROJECTORS_[A-Z_]*[A-Z]\b", "".join(path.read_text() for path in sources)))
+    for document in ("CHANGELOG.md", "docs/compatibility.md"):
+        assert names <= set(re.findall(r"LLAVA_PROJECTORS_\w+", (ROOT / document).read_text())), document
+
+
+def test_the_changelog_has_every_command():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert all(f"`llava-projectors {command}`" in text or f"`{command}`" in text for command in COMMANDS)
+
+
 def test_one_range_of_versions_is_tested():
     """In what pip reads, in doctor, and in the documents."""
     setup = configparser.ConfigParser()
@@ -102,7 +114,8 @@ def test_what_tiles_cost_is_what_was_measured():
     seconds = [float(row["s_per_tile"]) for row in rows]
     text = (ROOT / "docs" / "high_resolution.md").read_text()
     first = f"forward {forward[0]} (`saep`) and {forward[1]} (`tokenpacker`)"
-    assert f"the peak falls {first}, with backward {backward[0]} and {backward[1]}. Time" in text
+    assert f"the peak falls {first}, with backward {backward[0]} and {backward[1]}. The two" in text
+    assert forward == backward
     assert f"{min(seconds):.2f} to {max(seconds):.2f} s per tile" in text
 
 
