@@ -107,7 +107,7 @@ def test_the_exported_checkpoint_in_current_transformers(trained, device, tmp_pa
     source = str(trained(projector_type).checkpoint)
     export_checkpoint(source, tmp_path / "out", dtype="float16")
     cases = verify.reference(source, None, verify.default_questions(), 8)
-    torch.save({"cases": cases}, tmp_path / "reference.pt")
+    compare.save_cases(cases, tmp_path / "reference.pt")
     # What stands first on PYTHONPATH here is LLaVA's older transformers.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, Path(compare.__file__), tmp_path / "out", tmp_path / "reference.pt", device]
