@@ -11,21 +11,40 @@ shared    as patches, and the first layers of keys and values as one matrix prod
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from benchmarks.speed.suites import forward_backward, without_grad
-from benchmarks.table import write_rows
+from benchmarks.speed.models import NUM_PATCHES_PER_SIDE
+from benchmarks.speed.suites import LLAVA_7B_WIDTHS, forward_backward, without_grad
+from benchmarks.table import Row, write_rows
 from llava_projectors.projectors.grid import to_regions
 from llava_projectors.projectors.tokenpacker import RegionAttention, TokenPacker, downsample_bilinear
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("patches", "regions", "products", "shared")
+
+
+class Sizes(NamedTuple):
+    """Of one kind of run: dtypes, batches, seconds for each variant, C and D."""
+
+    dtypes: tuple[torch.dtype, ...]
+    batches: tuple[int, ...]
+    seconds: float
+    widths: tuple[int, int]
+
+
+SIZES = {
+    "quick": Sizes((torch.float32,), (1,), 0.0, (128, 128)),
+    "cpu": Sizes((torch.float32, torch.bfloat16), (1, 8), 1.5, LLAVA_7B_WIDTHS),
+    "cuda": Sizes((torch.bfloat16,), (32, 8), 0.4, LLAVA_7B_WIDTHS),
+}
 
 
 class Patches(RegionAttention):
@@ -74,30 +93,32 @@ class Shared(TokenPacker):
         return self.mlp(out.flatten(1, 2))
 
 
-def make(variant: str, scale_factor: Any, widths: tuple[int, int] = (1024, 4096)) -> TokenPacker:
-    """A TokenPacker, at the sizes of CLIP-L and a 7B LLM unless given."""
+def make(variant: str, scale_factor: Any, widths: tuple[int, int]) -> TokenPacker:
+    """A TokenPacker of C and D channels."""
     model = (Shared if variant == "shared" else TokenPacker)(*widths, scale_factor=scale_factor)
     attention: Any = model.clip_attn
     attention.__class__ = {"regions": RegionAttention, "products": Products}.get(variant, Patches)
     return model
 
 
-def compare(models: dict[str, TokenPacker], features: torch.Tensor, name: str) -> list[dict[str, Any]]:
-    """One row for each variant, from one interleaved run."""
+def compare(models: dict[str, TokenPacker], features: torch.Tensor, name: str, seconds: float) -> list[Row]:
+    """One row for each variant, from one interleaved run; on CUDA, of replays of their graphs."""
     functions = {
         variant: without_grad(model, features) if name == "forward" else forward_backward(model, features)[0]
         for variant, model in models.items()
     }
-    seconds = measure.interleave(functions, features.device, 1.5)
+    device = features.device
+    graphs = {variant: measure.as_graph(function, device) for variant, function in functions.items()}
+    times = measure.interleave(graphs, device, seconds)
     rows = []
     for variant in VARIANTS:
-        low, middle, high = measure.quartiles([a / b for a, b in zip(seconds[variant], seconds["patches"])])
+        low, middle, high = measure.quartiles([a / b for a, b in zip(times[variant], times["patches"])])
         rows.append(
             {
                 "measure": name,
                 "variant": variant,
-                "rounds": len(seconds[variant]),
-                "median_s": f"{statistics.median(seconds[variant]):.5g}",
+                "rounds": len(times[variant]),
+                "median_s": f"{statistics.median(times[variant]):.5g}",
                 "ratio_to_patches": f"{middle:.3f}",
                 "ratio_q1": f"{low:.3f}",
                 "ratio_q3": f"{high:.3f}",
@@ -106,30 +127,35 @@ def compare(models: dict[str, TokenPacker], features: torch.Tensor, name: str) -
     return rows
 
 
-def main() -> None:
-    """Parse the command line, measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--csv", type=Path, help="default: benchmarks/results/variants-DEVICE.csv")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    path = arguments.csv or ROOT / "benchmarks" / "results" / f"variants-{device.type}.csv"
-    rows: list[dict[str, Any]] = []
-    dtypes, left_out = measure.without_slow_dtypes((torch.float32, torch.bfloat16), device)
+def groups(sizes: Sizes, device: torch.device) -> Iterator[list[Row]]:
+    """The rows of every comparison: by dtype, scale factor, batch, with and without backward pass."""
+    dtypes, left_out = measure.without_slow_dtypes(sizes.dtypes, device)
     for line in left_out:
         print(f"LEFT OUT, {line}")
-    for dtype in dtypes:
-        for scale_factor in (2, 3, 4):
-            models = {variant: make(variant, scale_factor).to(device, dtype) for variant in VARIANTS}
-            for batch in (1, 8):
-                features = torch.randn(batch, 576, 4096, device=device).to(dtype)
-                facts = {"scale_factor": scale_factor, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
-                for name in ("forward", "forward+backward"):
-                    found = compare(models, features, name)
-                    rows += [{**facts, **row, **measure.machine(device)} for row in found]
-                    ratios = (f"{row['variant']} {row['ratio_to_patches']}" for row in found)
-                    print(*facts.values(), name, *ratios, flush=True)
-    write_rows(path, rows)
+    for dtype, scale_factor in itertools.product(dtypes, (2, 3, 4)):
+        models = {variant: make(variant, scale_factor, sizes.widths).to(device, dtype) for variant in VARIANTS}
+        for batch in sizes.batches:
+            features = torch.randn(batch, NUM_PATCHES_PER_SIDE**2, 4 * sizes.widths[0], device=device).to(dtype)
+            facts = {"scale_factor": scale_factor, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+            for name in ("forward", "forward+backward"):
+                found = compare(models, features, name, sizes.seconds)
+                ratios = (f"{row['variant']} {row['ratio_to_patches']}" for row in found)
+                print(*facts.values(), name, *ratios, flush=True)
+                yield [{**facts, **row, **measure.machine(device)} for row in found]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Parse the command line, measure, write after every group, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, a minute on 2 cores")
+    parser.add_argument("--csv", type=Path, help="default: benchmarks/results/variants-DEVICE.csv")
+    parsed = parser.parse_args(arguments)
+    path = parsed.csv or ROOT / "benchmarks" / "results" / f"variants-{parsed.device}.csv"
+    rows: list[Row] = []
+    for found in groups(SIZES["quick" if parsed.quick else parsed.device], torch.device(parsed.device)):
+        rows += found
+        write_rows(path, rows)
     print(f"Written to {path}")
 
 

@@ -1,21 +1,26 @@
 """The benchmark: its FLOP model against torch's counter, its reference against ours, its command end to end."""
 
 import csv
+import itertools
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from unittest.mock import Mock
 
 import pytest
 import torch
+from test_projectors import equals_published
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import high_resolution, measure, recompute, variants
+from benchmarks import high_resolution, measure, profiles, recompute, variants
 from benchmarks.speed import flops, models, report, suites
 from benchmarks.speed import run as bench_run
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.candidates import EAGER, NAIVE, REDUCING, TRITON, Subject, subjects
-from benchmarks.speed.naive import NaiveTokenPacker
+from benchmarks.speed.candidates import EAGER, NAIVE, PUBLISHED, REDUCING, TRITON, Subject, subjects
+from benchmarks.speed.naive import NaiveTokenPacker, PublishedTokenPacker
 from benchmarks.table import read_rows
 from llava_projectors import build_projector
 from llava_projectors.projectors.layers import DepthwiseConv2d
@@ -73,6 +78,7 @@ def test_a_dtype_that_is_only_emulated_is_left_out(monkeypatch):
     [
         *subjects(models.STOCK, *REDUCING, *(f"saep:{options}" for options in SAEP_OPTIONS)),
         *subjects(*suites.TOKENPACKERS, implementation=NAIVE),
+        *subjects(*suites.TOKENPACKERS, implementation=PUBLISHED),
     ],
 )
 def test_projector_flops_are_those_of_torchs_counter(subject, batch):
@@ -91,19 +97,70 @@ def family():
 
 @pytest.mark.parametrize("type_string", [models.STOCK, "saep:stride=2", "tokenpacker:scale_factor=3"])
 def test_model_flops_are_those_of_torchs_counter(family, type_string):
-    """Tower, projector and LLM of a real LLaVA: prefill of two images, both training stages, and one decoded token."""
+    """Tower, projector and LLM of a real LLaVA: prefill of two images, decoded tokens, what is trained in a step."""
     subject = Subject(type_string)
     llavas = {subject: family.make(type_string)}
-    prefill = suites.prefill_group("model", family, llavas, batch=2, images=2).candidates[subject]
-    assert counted(prefill.function) == prefill.flops
-    decode = suites.decode_group(family, llavas).candidates[subject]
-    assert counted(decode.function) == decode.flops
-    for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2):
-        with suites.trained_part(family, step) as parameters:
-            group = suites.training_group(family, llavas, step, 2, parameters)
-            with depthwise_gradients(llavas[subject]) as left_out:
-                found = counted(group.candidates[subject].function)
-            assert found == group.candidates[subject].flops - sum(left_out)
+    for group in (
+        suites.prefill_group("model", family, llavas, batch=2, images=2),
+        suites.prefill_group("model", family, llavas, batch=2, images=2, graph=True),
+        suites.decode_group(family, llavas),
+        suites.generate_group(family, llavas, batch=2),
+    ):
+        assert counted(group.candidates[subject].function) == group.candidates[subject].flops, group.measure
+    for step, checkpointing in itertools.product((suites.STAGE_1, suites.LORA, suites.STAGE_2), (False, True)):
+        with (
+            suites.trained_part(family, step) as parameters,
+            models.in_training(llavas.values(), checkpointing),
+            depthwise_gradients(llavas[subject]) as left_out,
+        ):
+            group = suites.training_group(family, llavas, step, 2, parameters, checkpointing)
+            found = counted(group.candidates[subject].function)
+        assert found == group.candidates[subject].flops - sum(left_out), group.measure
+
+
+@pytest.mark.parametrize("type_string", [models.STOCK, "tokenpacker:scale_factor=3"])
+def test_prefill_of_one_shape_is_llavas(family, type_string):
+    """What is captured as a graph gives the logits of LLaVA's own forward, and reads nothing back to the host."""
+    llava = family.make(type_string)
+    inputs = suites._prompt(family, 2, 3)
+    with torch.no_grad():
+        expected = llava(**inputs)
+        with ReadsNothingBack():
+            found = suites.prefill_of_one_shape(llava, **inputs, use_cache=True)
+        with pytest.raises(AssertionError), ReadsNothingBack():
+            llava(**inputs)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.past_key_values[0][0].shape == expected.past_key_values[0][0].shape
+
+
+class ReadsNothingBack(TorchDispatchMode):
+    """Fails at what a CUDA graph cannot hold: a result that the host waits for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("subject", [*suites.TOWERS])
+def test_no_tower_of_the_suite_reads_back(family, subject):
+    tower = suites.TOWERS[subject](family.vision_model)
+    with torch.no_grad(), ReadsNothingBack():
+        tower(torch.randn(1, 3, models.IMAGE_SIZE, models.IMAGE_SIZE))
+
+
+@pytest.mark.parametrize("subject", subjects(models.STOCK, *REDUCING))
+def test_no_projector_of_the_suite_reads_back(subject):
+    projector = suites.make_projector(subject, 64, 32)
+    run, _ = suites.forward_backward(projector, torch.randn(1, 24**2, 64 * getattr(projector, "num_levels", 1)))
+    with ReadsNothingBack():
+        run()
+
+
+def test_generate_gives_as_many_tokens_as_are_counted(family):
+    group = suites.generate_group(family, {Subject("saep"): family.make("saep")}, batch=2)
+    (candidate,) = group.candidates.values()
+    assert candidate.function().shape == (2, 1 + suites.GENERATED_TOKENS)  # the first opens the sequence
+    assert candidate.generated == 2 * suites.GENERATED_TOKENS
 
 
 def test_after_lora_the_model_is_as_before(family):
@@ -124,14 +181,20 @@ def test_models_differ_in_the_projector_alone(family):
 
 
 @pytest.mark.parametrize("scale_factor", [2, 3, 4])
-def test_the_naive_reference_computes_the_same(scale_factor):
+@pytest.mark.parametrize("make", [NaiveTokenPacker, PublishedTokenPacker])
+def test_the_references_compute_the_same(make, scale_factor):
     torch.manual_seed(0)
     ours = build_projector(f"tokenpacker:scale_factor={scale_factor}", WIDTH, HIDDEN).double()
-    naive = NaiveTokenPacker(WIDTH, HIDDEN, scale_factor).double()
+    naive = make(WIDTH, HIDDEN, scale_factor).double()
     naive.load_state_dict(ours.state_dict())  # the published names
     features = torch.randn(2, SIDE**2, 4 * WIDTH, dtype=torch.float64)
     # The reference interpolates in float32.
     torch.testing.assert_close(ours(features), naive(features), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_factor", [2, 3, 4])
+def test_the_published_reference_is_the_published_code(scale_factor):
+    equals_published(PublishedTokenPacker(1024, 512, scale_factor), scale_factor)
 
 
 def test_training_keeps_less_than_the_naive_reference():
@@ -192,6 +255,29 @@ def test_rounds_are_interleaved_and_the_first_does_not_count():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
+class Clock:
+    """torch.cuda's events on a host that runs what it is given at once."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return (later.at - self.at) * 1000
+
+
+def test_short_calls_are_queued_and_the_time_is_that_of_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    calls = []
+    seconds = measure.seconds_of(lambda: calls.append(time.sleep(0.01)), torch.device("cuda"), 5)
+    assert calls == ["synchronize", *[None] * 5, "synchronize"]
+    assert 0.01 <= seconds < 0.05
+    assert [measure.calls_to_queue(value) for value in (1.0, 0.01, 1e-6)] == [1, 2, measure.MOST_CALLS]
+
+
 def row_of(**values):
     row = {"suite": "projector", "measure": "forward", "type": "saep:stride=2", "dtype": "float32", "batch": "1"}
     return {
@@ -227,6 +313,8 @@ def plan(monkeypatch):
         "seconds": 0,
         "dtypes": (torch.float32,),
         "projector_widths": (64, 32),
+        "prefills": ((1, 2), (2, 1)),
+        "generate": (1,),
         "batches": (1, 2),
         "tower": tower,
         "tower_batches": (1,),
@@ -241,6 +329,69 @@ def plan(monkeypatch):
     monkeypatch.setattr(measure, "matrix_rate_function", lambda *_: (lambda: square @ square, 2 * 64**3))
 
 
+def test_a_candidate_that_does_not_fit_is_a_row_and_its_group_stays(plan, tmp_path, monkeypatch, capsys):
+    """The baseline runs out of memory, another candidate fails: the others are measured, without ratios."""
+
+    errors = {
+        Subject(models.STOCK): torch.cuda.OutOfMemoryError("of 80 GiB"),
+        **dict.fromkeys(subjects(*suites.TOKENPACKERS, implementation=PUBLISHED), RuntimeError("no kernel image")),
+    }
+
+    def make(subject, *widths, make=suites.make_projector):
+        projector = make(subject, *widths)
+        if subject in errors:
+            projector.forward = Mock(side_effect=errors[subject])
+        return projector
+
+    monkeypatch.setattr(suites, "make_projector", make)
+    path = tmp_path / "bench.csv"
+    arguments = ["--device", "cpu", "--csv", str(path), "--suite", "projector"]
+    assert main([*arguments, "--only", "measure"]) == 1
+    rows = read_rows(path, "measured_to_bound")
+    notes = {(row["type"], row["implementation"]): row["note"] for row in rows}
+    assert notes[models.STOCK, EAGER] == "out of memory"
+    assert {notes[name, PUBLISHED] for name in suites.TOKENPACKERS} == {"FAILED: RuntimeError: no kernel image"}
+    measured = [row for row in rows if not row["note"]]
+    assert {row["type"] for row in measured} == set(REDUCING)
+    assert all(row["median_s"] and not row["ratio"] for row in measured)
+    assert main([*arguments[2:], "--only", "report"]) == 0
+    assert "out of memory" in capsys.readouterr().out
+    assert main([*arguments[2:], "--only", "plot"]) == 0
+
+
+def test_only_what_is_missing_is_measured(plan, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bench.csv"
+    run = ["--device", "cpu", "--csv", str(path), "--only", "measure", "--suite", "tower"]
+    assert main(run) == 0
+    before = read_rows(path, "measured_to_bound")
+    monkeypatch.setitem(suites.PLANS, "cpu", replace(suites.PLANS["cpu"], tower_batches=(1, 2)))
+    assert main([*run, "--missing"]) == 0
+    rows = read_rows(path, "measured_to_bound")
+    assert [row["batch"] for row in rows] == ["1", "1", "2", "2"]
+    assert rows[:2] == before
+    assert main([*run, "--missing"]) == 0
+    assert read_rows(path, "measured_to_bound") == rows
+
+
+def test_variants_are_written_group_by_group(tmp_path, monkeypatch):
+    path = tmp_path / "variants.csv"
+    found = []
+    monkeypatch.setattr(variants, "write_rows", lambda path, rows: found.append(len(rows)))
+    variants.main(["--quick", "--csv", str(path)])
+    assert found == list(range(4, 4 * 6 + 1, 4))
+
+
+def test_profiles_have_a_table_for_each_candidate(plan, tmp_path, monkeypatch):
+    path = tmp_path / "profile.txt"
+    monkeypatch.setitem(profiles.COPIED_BYTES, "cpu", 2**20)
+    profiles.main(["--device", "cpu", "--out", str(path)])
+    text = path.read_text()
+    assert "TB/s" in text
+    for title in ("projector, forward+backward, batch 2", "tower, forward, batch 1", "model, prefill, batch 1"):
+        assert f"{title}: {models.STOCK}, eager\n---" in text
+    assert "tokenpacker:scale_factor=2, published" in text
+
+
 @pytest.mark.slow
 def test_command_writes_a_csv_and_a_picture(plan, tmp_path, capsys):
     path = tmp_path / "new" / "bench.csv"
@@ -248,9 +399,10 @@ def test_command_writes_a_csv_and_a_picture(plan, tmp_path, capsys):
     assert "x bound" in capsys.readouterr().out
     rows = read_rows(path, "measured_to_bound")
     assert {row["suite"] for row in rows} == set(suites.SUITES)
-    steps = [f"training step, {step}" for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2)]
-    assert {row["measure"] for row in rows if row["suite"] == "model"} == {"prefill", "decode 8 tokens", *steps}
-    assert {row["implementation"] for row in rows} == {EAGER, NAIVE, *[TRITON] * bool(find_spec("triton"))}
+    steps = [f"training step, {step}, checkpointing" for step in (suites.STAGE_1, suites.LORA, suites.STAGE_2)]
+    assert {row["measure"] for row in rows if row["suite"] == "model"} == {"prefill", "prefill, graph", *steps}
+    assert {row["implementation"] for row in rows} == {EAGER, PUBLISHED, *[TRITON] * bool(find_spec("triton"))}
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows if row["suite"] == "generate")
     assert all(row["machine"] and row["torch"] == torch.__version__ for row in rows)
     assert {row["visual_tokens"] for row in rows} == {"576", "144", "64", "36"}
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -280,13 +432,6 @@ def test_a_run_that_is_cut_off_loses_nothing(plan, tmp_path, monkeypatch, capsys
     assert new == [row["suite"] == "projector" and row["batch"] == "1" for row in after]
 
 
-def test_time_that_is_up_is_said(plan, tmp_path, capsys):
-    path = tmp_path / "bench.csv"
-    assert main(["--device", "cpu", "--csv", str(path), "--suite", "tower", "--minutes", "0"]) == 1
-    assert "from suite tower, forward, float32, batch 1, images 1 on: 0 minutes are over" in capsys.readouterr().err
-    assert not path.exists()
-
-
 def test_a_suite_that_fails_leaves_the_others(plan, tmp_path, monkeypatch, capsys):
     def broken(plan, device):
         raise RuntimeError("no kernel image")
@@ -305,7 +450,7 @@ def test_a_file_that_cannot_be_drawn_is_explained(tmp_path, capsys, content):
     path = tmp_path / "some.csv"
     if content is not None:
         path.write_text(content)
-    assert main(["--plot-only", "--csv", str(path)]) == 1
+    assert main(["--only", "plot", "--csv", str(path)]) == 1
     error = capsys.readouterr().err
     assert str(path) in error
     assert "benchmarks.speed --quick" in error

@@ -56,8 +56,12 @@ def published_weights():
 
 @pytest.mark.parametrize("scale_factor", [2, 3, 4])
 def test_tokenpacker_equals_published(scale_factor):
+    equals_published(build_projector(f"tokenpacker:scale_factor={scale_factor}", 1024, 512), scale_factor)
+
+
+def equals_published(projector, scale_factor):
+    """Values and gradients of the published code, by the recipe of the golden data."""
     golden = np.load(GOLDEN)
-    projector = build_projector(f"tokenpacker:scale_factor={scale_factor}", 1024, 512)
     parameters = dict(projector.named_parameters())
     assert sorted(parameters) == list(golden["names"])
     projector.load_state_dict(published_weights())

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from benchmarks.speed.models import NUM_PATCHES_PER_SIDE, STOCK
 from llava_projectors import registry
 
-__all__ = ["EAGER", "NAIVE", "REDUCING", "STOCK", "TRITON", "Subject", "subjects"]
+__all__ = ["EAGER", "NAIVE", "PUBLISHED", "REDUCING", "STOCK", "TRITON", "Subject", "subjects"]
 
-# The library's own code, the published algorithm written plainly, the fused kernel.
-EAGER, NAIVE, TRITON = "eager", "naive", "triton"
+# The library's own code, the published algorithm written plainly, the published code's operations, the fused kernel.
+EAGER, NAIVE, PUBLISHED, TRITON = "eager", "naive", "published", "triton"
 REDUCING = tuple(f"{name}={stride}" for name in ("saep:stride", "tokenpacker:scale_factor") for stride in (2, 3, 4))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.candidates import NAIVE, STOCK, Subject
+from benchmarks.speed.candidates import NAIVE, PUBLISHED, STOCK, Subject
 from llava_projectors import registry
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.layers import DepthwiseConv2d
@@ -89,7 +89,7 @@ def tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:
 
 
 def naive_tokenpacker(model: TokenPacker, num_patches_per_side: int) -> Flops:
-    """`naive.NaiveTokenPacker` of the same sizes: every key and value is projected."""
+    """A projector of `naive.py` of the same sizes: every key and value is projected."""
     width, patches, tokens = model.mm_hidden_size, num_patches_per_side**2, _tokens(model, num_patches_per_side)
     attention = linear(patches, width, width) * 2 + product(tokens, width, model.stride**2) * 2
     return _around_attention(model, num_patches_per_side) + attention
@@ -119,7 +119,7 @@ def projector(subject: Subject, num_patches_per_side: int, mm_hidden_size: int, 
         return mlp2x_gelu(num_patches_per_side, mm_hidden_size, hidden_size)
     with torch.device("meta"):
         model: Any = registry.build_projector(subject.type_string, mm_hidden_size, hidden_size)
-    is_naive = subject.implementation == NAIVE
+    is_naive = subject.implementation in (NAIVE, PUBLISHED)
     functions: dict[Any, Any] = {SAEP: saep, TokenPacker: naive_tokenpacker if is_naive else tokenpacker}
     return functions[type(model)](model, num_patches_per_side)
 
@@ -144,6 +144,7 @@ def llama(
     train: bool,
     past: int = 0,
     lora_rank: int = 0,
+    checkpointing: bool = False,
 ) -> Flops:
     """Forward and backward pass of one sequence, with the logits of every position and attention to all of them.
 
@@ -156,10 +157,13 @@ def llama(
         train: whether weights get gradients; the input gets one at any rate.
         past: positions in the key-value cache.
         lora_rank: of the trained layers beside those of the decoder layers, if any.
+        checkpointing: whether the backward pass runs every decoder layer again.
     """
     layer = linear(positions, width, width, train=train) * 4 + linear(positions, width, intermediate, train=train) * 3
     if lora_rank:
         square = linear(positions, width, lora_rank) + linear(positions, lora_rank, width)
         layer += square * 4 + (linear(positions, width, lora_rank) + linear(positions, lora_rank, intermediate)) * 3
     attention = product(positions, width, positions + past) * 2
-    return (layer + attention) * layers + linear(positions, width, vocabulary, train=train)
+    decoder = (layer + attention) * layers
+    made_again = Flops(0, decoder.forward * checkpointing)
+    return decoder + made_again + linear(positions, width, vocabulary, train=train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,24 @@ class Family:
         model.model.mm_projector = build_vision_projector(model.config)
         with torch.device(self.device):
             model.model.vision_tower = make_tower(projector_type, self.vision_model)
+
+
+@contextlib.contextmanager
+def in_training(llavas: Collection[Any], checkpointing: bool) -> Iterator[None]:
+    """Models as LLaVA's script trains them, with its `--gradient_checkpointing True` or without."""
+    for llava in llavas:
+        llava.train()
+        if checkpointing:
+            llava.gradient_checkpointing_enable()
+            llava.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        for llava in llavas:
+            llava.eval()
+            if checkpointing:
+                llava.gradient_checkpointing_disable()
+                llava.disable_input_require_grads()
 
 
 def _clip_config(shape: TowerShape) -> Any:

@@ -1,7 +1,8 @@
-"""TokenPacker written down plainly, as its paper states it (arXiv 2407.02392, section 3), to measure ours against.
+"""TokenPacker without thought for speed, to measure ours against. Parameters have the published names.
 
-`nn.MultiheadAttention` over keys and values that are regrouped region by region, separate stacks
-for keys and values, and no thought for speed. Parameters have the published names.
+`NaiveTokenPacker` is written down plainly, as the paper states it (arXiv 2407.02392, section 3): separate stacks for
+keys and values, `nn.MultiheadAttention` over both, regrouped region by region. `PublishedTokenPacker` runs what the
+published code runs, operation for operation.
 """
 
 from __future__ import annotations
@@ -48,3 +49,36 @@ class NaiveTokenPacker(nn.Module):
         s = self.scale_factor
         grid = grid.unflatten(1, (side // s, s, side // s, s))
         return grid.permute(2, 4, 0, 1, 3, 5).reshape(s * s, -1, grid.shape[-1])
+
+
+class PublishedTokenPacker(NaiveTokenPacker):
+    """The same with the positions first, as the published code has it, and regrouped in three copies."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, H*H, L*C] -> [B, (H/scale_factor)**2, D]."""
+        batch, patches, _ = features.shape
+        side = math.isqrt(patches)
+        rows = side // self.scale_factor
+        width = self.q_proj_1.in_features
+        last = features[..., -width:]
+        key = self.ln_k_1(self.k_proj_1(features)).permute(1, 0, 2)
+        value = self.ln_v_1(self.v_proj_1(features)).permute(1, 0, 2)
+        image = last.reshape(batch, side, side, -1).float().permute(0, 3, 1, 2)
+        coarse = F.interpolate(image, size=(rows, rows), mode="bilinear").permute(0, 2, 3, 1)
+        coarse = coarse.reshape(batch, -1, width).to(features.dtype)
+        query = self.ln_q_1(self.q_proj_1(coarse)).permute(1, 0, 2)
+        attended, _ = self.clip_attn(
+            self.divide(query, rows, 1),
+            self.divide(key, side, self.scale_factor),
+            self.divide(value, side, self.scale_factor),
+        )
+        return self.mlp(attended.reshape(rows * rows, batch, width).permute(1, 0, 2))
+
+    def divide(self, grid: torch.Tensor, side: int, size: int) -> torch.Tensor:
+        """[H*H, B, E] -> [size*size, (H/size)**2 * B, E]."""
+        batch, width = grid.shape[1:]
+        regions = side // size
+        grid = grid.reshape(regions, size, side, batch, width).permute(0, 2, 1, 3, 4)
+        grid = grid.reshape(regions, regions, size, size, batch, width).permute(0, 1, 3, 2, 4, 5)
+        grid = grid.reshape(regions, regions, size * size, batch, width).permute(2, 0, 1, 3, 4)
+        return grid.reshape(size * size, -1, width)

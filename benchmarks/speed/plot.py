@@ -15,7 +15,14 @@ from benchmarks.speed.candidates import EAGER, STOCK
 from benchmarks.speed.report import group_name
 from benchmarks.table import Row, read_rows
 
-COLOURS = {"naive": "tab:gray", "triton": "tab:green", "saep": "tab:blue", "tokenpacker": "tab:orange", STOCK: "black"}
+COLOURS = {
+    "naive": "tab:gray",
+    "published": "tab:gray",
+    "triton": "tab:green",
+    "saep": "tab:blue",
+    "tokenpacker": "tab:orange",
+    STOCK: "black",
+}
 SHADES = {"144": 1.0, "64": 0.75, "36": 0.5}  # of a type's colour, by visual tokens
 
 
@@ -25,11 +32,12 @@ def plot(source: Path, target: Path) -> None:
     Raises:
         ValueError: the file is not one of `bench`.
     """
-    rows = read_rows(source, "measured_to_bound")
+    rows = [row for row in read_rows(source, "measured_to_bound") if row["median_s"]]  # of what could be run
     panels: dict[str, Callable[[Any, list[Row]], None]] = {
         "projector": _ratios,
         "tower": _ratios,
         "model": _speed_ups,
+        "generate": _speed_ups,
         "scaling": _lines,
     }
     found = [(name, draw, [row for row in rows if row["suite"] == name]) for name, draw in panels.items()]
@@ -64,7 +72,7 @@ def _groups(rows: list[Row]) -> list[list[Row]]:
 
 def _bars(axis: Any, rows: list[Row], height: Callable[[float], float], label: str) -> list[list[Row]]:
     """Bars of height(ratio) with quartiles as whiskers, red lines at height(FLOP ratio); returns the groups."""
-    groups = _groups(rows)
+    groups = _groups([row for row in rows if row["ratio"]])
     for place, group in enumerate(groups):
         others = [row for row in group if row["type"] != STOCK]
         width = min(0.3, 0.85 / len(others))
@@ -100,7 +108,8 @@ def _ratios(axis: Any, rows: list[Row]) -> None:
 def _speed_ups(axis: Any, rows: list[Row]) -> None:
     """Speed-up over 576 tokens, beside the bound."""
     groups = _bars(axis, rows, lambda ratio: 1 / ratio, "{type}, {visual_tokens} tokens")
-    axis.set_xticks(range(len(groups)), [f"{g[0]['measure']}\nbatch {g[0]['batch']}" for g in groups], fontsize=8)
+    labels = ["{measure}\nbatch {batch}, images {images}".format(**group[0]) for group in groups]
+    axis.set_xticks(range(len(groups)), labels, fontsize=8)
     axis.set_ylabel("speed-up over 576 tokens\n(red: FLOP bound)")
 
 

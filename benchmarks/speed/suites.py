@@ -7,22 +7,25 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
 
 from benchmarks.speed import flops, models
-from benchmarks.speed.candidates import NAIVE, REDUCING, STOCK, TRITON, Subject, subjects
+from benchmarks.speed.candidates import NAIVE, PUBLISHED, REDUCING, STOCK, TRITON, Subject, subjects
 from benchmarks.speed.models import NUM_PATCHES_PER_SIDE
-from benchmarks.speed.naive import NaiveTokenPacker
+from benchmarks.speed.naive import NaiveTokenPacker, PublishedTokenPacker
 from llava_projectors import registry
 from llava_projectors.projectors import kernels
 
 TOKENPACKERS = REDUCING[3:]
+SCALED = subjects(STOCK, "saep:stride=2", "tokenpacker:scale_factor=3")  # of the suites that vary the load
 # Text beside the images of a prompt; LLaVA's own training samples have a few times as much.
 TEXT_TOKENS = 64
-DECODED_TOKENS = 8
+DECODED_TOKENS = 8  # one by one after a prompt
+GENERATED_TOKENS = 32  # by LLaVA's `generate`, the prompt included in the time
 # What is trained in a step beside the projector; of LoRA the rank that LLaVA's scripts have.
 STAGE_1, LORA, STAGE_2 = "stage 1", "LoRA", "stage 2"
 LORA_RANK, LORA_SCALE = 128, 2.0
@@ -34,6 +37,7 @@ class Plan:
 
     Attributes:
         seconds: how long each candidate of a group is measured, about.
+        graphs: whether CUDA graphs are replayed: all of the projector and tower suites, and prefill once more.
         dtypes: of the projector and tower suites.
         projector_widths: C and D of the projector suite.
         tokenpackers: implementations beside which TokenPacker's own stands there.
@@ -43,12 +47,17 @@ class Plan:
         model_tower: vision model of the model suite.
         model_llama: LLM of the model suite.
         model_dtype: of the model suite.
+        prefills: of the model suite, (prompts per batch, images per prompt).
+        decode: whether the model suite decodes, at batch 1, where a GPU waits for the host.
         steps: what is trained in the training steps.
         step_batch: sequences in a training step.
+        checkpointing: whether they run with gradient checkpointing, as LLaVA's scripts do.
+        generate: batches of the generate suite.
         scaling: images per prompt, and prompts per batch.
     """
 
     seconds: float
+    graphs: bool
     dtypes: tuple[torch.dtype, ...]
     projector_widths: tuple[int, int]
     tokenpackers: tuple[str, ...]
@@ -58,8 +67,12 @@ class Plan:
     model_tower: models.TowerShape
     model_llama: models.LlamaShape
     model_dtype: torch.dtype
+    prefills: tuple[tuple[int, int], ...]
+    decode: bool
     steps: tuple[str, ...]
     step_batch: int
+    checkpointing: bool
+    generate: tuple[int, ...]
     scaling: tuple[int, ...]
 
 
@@ -67,6 +80,7 @@ LLAVA_7B_WIDTHS = (models.CLIP_LARGE.width, models.LLAVA_7B.width)
 PLANS = {
     "quick": Plan(
         seconds=0.2,
+        graphs=False,
         dtypes=(torch.float32,),
         projector_widths=LLAVA_7B_WIDTHS,
         tokenpackers=(NAIVE,),
@@ -76,12 +90,17 @@ PLANS = {
         model_tower=models.TINY_TOWER,
         model_llama=models.TINY_LLAMA,
         model_dtype=torch.float32,
+        prefills=((1, 1),),
+        decode=True,
         steps=(STAGE_1, STAGE_2),
         step_batch=1,
+        checkpointing=True,
+        generate=(1, 2),
         scaling=(1, 2),
     ),
     "cpu": Plan(
         seconds=0.7,
+        graphs=False,
         dtypes=(torch.float32, torch.bfloat16),
         projector_widths=LLAVA_7B_WIDTHS,
         tokenpackers=(NAIVE,),
@@ -91,23 +110,32 @@ PLANS = {
         model_tower=models.SMALL_TOWER,
         model_llama=models.SMALL_LLAMA,
         model_dtype=torch.float32,
+        prefills=((1, 1),),
+        decode=True,
         steps=(STAGE_1, STAGE_2),
         step_batch=4,
+        checkpointing=False,
+        generate=(),
         scaling=(1, 2, 4, 8),
     ),
     "cuda": Plan(
-        seconds=0.7,
+        seconds=0.4,
+        graphs=True,
         dtypes=(torch.bfloat16,),
         projector_widths=LLAVA_7B_WIDTHS,
-        tokenpackers=(NAIVE, TRITON),
-        batches=(1, 8, 32, 64),
+        tokenpackers=(PUBLISHED, TRITON),
+        batches=(32, 8, 1),
         tower=models.CLIP_LARGE,
-        tower_batches=(1, 8, 32),
+        tower_batches=(32, 8, 1),
         model_tower=models.CLIP_LARGE,
         model_llama=models.LLAVA_7B,
         model_dtype=torch.bfloat16,
+        prefills=((1, 8), (8, 1), (1, 1)),
+        decode=False,
         steps=(STAGE_1, LORA, STAGE_2),  # the last is what may not fit
-        step_batch=4,
+        step_batch=16,
+        checkpointing=True,
+        generate=(1, 8, 32),
         scaling=(1, 2, 4, 8, 16, 32),
     ),
 }
@@ -122,17 +150,22 @@ class Candidate:
         flops: operations of that run.
         visual_tokens: that the LLM sees of one image.
         memory: what to measure the memory of, if not `function`.
+        generated: tokens that it gives.
     """
 
     function: Callable[[], Any]
     flops: int
     visual_tokens: int
     memory: Optional[Callable[[], Any]] = None
+    generated: int = 0
 
 
 @dataclass
 class Group:
-    """Candidates that are measured in one interleaved run; the first is what the others are held against."""
+    """Candidates that are measured in one interleaved run; the first is what the others are held against.
+
+    With `graph`, each is timed as the replay of a CUDA graph, if all of them can be captured.
+    """
 
     suite: str
     measure: str
@@ -140,6 +173,7 @@ class Group:
     batch: int
     candidates: dict[Subject, Candidate]
     images: int = 1
+    graph: bool = False
 
 
 def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
@@ -170,15 +204,22 @@ def projector_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
                     else:
                         run, accumulate = forward_backward(projector, x)
                         candidates[subject] = Candidate(run, batch * work.both, tokens, memory=accumulate)
-                yield Group("projector", measure, dtype, batch, candidates)
+                yield Group("projector", measure, dtype, batch, candidates, graph=plan.graphs)
+
+
+# A vision model -> the tower around it. The first is LLaVA's own.
+TOWERS: dict[Subject, Callable[[Any], Any]] = {
+    Subject(STOCK): partial(models.make_tower, STOCK),
+    Subject("saep"): partial(models.make_tower, "saep"),
+}
 
 
 def tower_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
-    """LLaVA's single-layer tower and the multi-layer tower, on the same vision model."""
+    """LLaVA's single-layer tower and what can stand in its place, on the same vision model."""
     shape = plan.tower
     for dtype in plan.dtypes:
         vision_model = models.make_vision_model(shape, device, dtype)
-        towers = {subject: models.make_tower(subject.type_string, vision_model) for subject in subjects(STOCK, "saep")}
+        towers = {subject: make(vision_model) for subject, make in TOWERS.items()}
         for batch in plan.tower_batches:
             images = torch.randn(batch, 3, models.IMAGE_SIZE, models.IMAGE_SIZE, device=device).to(dtype)
             candidates = {}
@@ -186,25 +227,35 @@ def tower_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
                 layers = shape.layers if subject.type_string == STOCK else shape.selected
                 work = batch * _tower_flops(shape, layers)
                 candidates[subject] = Candidate(without_grad(tower, images), work, subject.visual_tokens)
-            yield Group("tower", "forward", dtype, batch, candidates)
+            yield Group("tower", "forward", dtype, batch, candidates, graph=plan.graphs)
 
 
 def model_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
-    """Prefill, decoding and both training stages of a LLaVA with random weights."""
+    """Prefill, decoding and training steps of a LLaVA with random weights."""
     family = models.Family(plan.model_tower, plan.model_llama, device, plan.model_dtype)
     llavas = {subject: family.make(subject.type_string) for subject in subjects(STOCK, *REDUCING)}
-    yield prefill_group("model", family, llavas, batch=1, images=1)
-    yield decode_group(family, llavas)
+    for batch, images in plan.prefills:
+        for graph in (True, False)[1 - plan.graphs :]:
+            yield prefill_group("model", family, llavas, batch, images, graph=graph)
+    if plan.decode:
+        yield decode_group(family, llavas)
     for step in plan.steps:
-        with trained_part(family, step) as parameters:
-            yield training_group(family, llavas, step, plan.step_batch, parameters)
+        with trained_part(family, step) as parameters, models.in_training(llavas.values(), plan.checkpointing):
+            yield training_group(family, llavas, step, plan.step_batch, parameters, plan.checkpointing)
+
+
+def generate_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
+    """LLaVA's `generate` over prompts per batch, one image in each."""
+    family = models.Family(plan.model_tower, plan.model_llama, device, plan.model_dtype)
+    llavas = {subject: family.make(subject.type_string) for subject in SCALED}
+    for batch in plan.generate:
+        yield generate_group(family, llavas, batch)
 
 
 def scaling_suite(plan: Plan, device: torch.device) -> Iterator[Group]:
     """Prefill over images per prompt and over prompts per batch."""
     family = models.Family(plan.model_tower, plan.model_llama, device, plan.model_dtype)
-    chosen = subjects(STOCK, "saep:stride=2", "tokenpacker:scale_factor=3")
-    llavas = {subject: family.make(subject.type_string) for subject in chosen}
+    llavas = {subject: family.make(subject.type_string) for subject in SCALED}
     for images in plan.scaling:
         yield prefill_group("scaling", family, llavas, batch=1, images=images)
     for batch in plan.scaling[1:]:
@@ -215,19 +266,51 @@ SUITES: dict[str, Callable[[Plan, torch.device], Iterator[Group]]] = {
     "projector": projector_suite,
     "tower": tower_suite,
     "model": model_suite,
+    "generate": generate_suite,
     "scaling": scaling_suite,
 }
 
 
-def prefill_group(suite: str, family: models.Family, llavas: dict[Subject, Any], batch: int, images: int) -> Group:
+def prefill_group(
+    suite: str, family: models.Family, llavas: dict[Subject, Any], batch: int, images: int, *, graph: bool = False
+) -> Group:
     """The prompt's images through tower and projector, and the whole prompt through the LLM, with a cache."""
     inputs = _prompt(family, batch, images)
     candidates = {}
     for subject, llava in llavas.items():
         work = _sequence_flops(family, subject, images, train_llm=False)
-        run = without_grad(llava, **inputs, use_cache=True)
-        candidates[subject] = Candidate(run, batch * work.forward, subject.visual_tokens)
-    return Group(suite, "prefill", family.dtype, batch, candidates, images)
+        run = partial(prefill_of_one_shape, llava) if graph else llava
+        candidates[subject] = Candidate(
+            without_grad(run, **inputs, use_cache=True), batch * work.forward, subject.visual_tokens
+        )
+    name = "prefill, graph" if graph else "prefill"
+    return Group(suite, name, family.dtype, batch, candidates, images, graph)
+
+
+def prefill_of_one_shape(llava: Any, input_ids: torch.Tensor, images: torch.Tensor, **arguments: Any) -> Any:
+    """LLaVA's forward for prompts of `_prompt`, whose images have known places: nothing is read back to the host."""
+    batch = len(input_ids)
+    last = 1 + len(images) // batch
+    embed = llava.get_model().embed_tokens
+    visual = llava.encode_images(images).unflatten(0, (batch, -1)).flatten(1, 2)
+    embeddings = torch.cat([embed(input_ids[:, :1]), visual, embed(input_ids[:, last:])], dim=1)
+    return llava(inputs_embeds=embeddings, **arguments)
+
+
+def generate_group(family: models.Family, llavas: dict[Subject, Any], batch: int) -> Group:
+    """`GENERATED_TOKENS` tokens for each prompt; the last one is not run through the LLM again."""
+    inputs = _prompt(family, batch, 1)
+    count = GENERATED_TOKENS
+    candidates = {}
+    for subject, llava in llavas.items():
+        work = _sequence_flops(family, subject, 1, train_llm=False)
+        past = TEXT_TOKENS + subject.visual_tokens
+        for number in range(count - 1):
+            work += _llama_flops(family, 1, train=False, past=past + number)
+        run = partial(llava.generate, inputs["input_ids"], images=inputs["images"])
+        run = partial(run, do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
+        candidates[subject] = Candidate(run, batch * work.forward, subject.visual_tokens, generated=batch * count)
+    return Group("generate", f"generate {count} tokens", family.dtype, batch, candidates)
 
 
 def decode_group(family: models.Family, llavas: dict[Subject, Any]) -> Group:
@@ -300,7 +383,12 @@ class WithLora(nn.Module):
 
 
 def training_group(
-    family: models.Family, llavas: dict[Subject, Any], step_name: str, batch: int, parameters: Sequence[nn.Parameter]
+    family: models.Family,
+    llavas: dict[Subject, Any],
+    step_name: str,
+    batch: int,
+    parameters: Sequence[nn.Parameter],
+    checkpointing: bool = False,
 ) -> Group:
     """Forward, backward and AdamW step of projector and `parameters`; the vision model is frozen."""
     inputs = _prompt(family, batch, 1)
@@ -312,17 +400,22 @@ def training_group(
 
     def step(llava: Any) -> Callable[[], None]:
         def run() -> None:
-            llava(**inputs, labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            try:
+                llava(**inputs, labels=labels, use_cache=False).loss.backward()
+                optimizer.step()
+            finally:  # where memory ran out, the next candidate needs it
+                optimizer.zero_grad(set_to_none=True)
 
         return run
 
     candidates = {}
     for subject, llava in llavas.items():
-        work = _sequence_flops(family, subject, 1, train_llm=step_name == STAGE_2, lora_rank=rank)
+        work = _sequence_flops(
+            family, subject, 1, train_llm=step_name == STAGE_2, lora_rank=rank, checkpointing=checkpointing
+        )
         candidates[subject] = Candidate(step(llava), batch * work.both, subject.visual_tokens)
-    return Group("model", f"training step, {step_name}", family.dtype, batch, candidates)
+    name = f"training step, {step_name}" + ", checkpointing" * checkpointing
+    return Group("model", name, family.dtype, batch, candidates)
 
 
 class _WithKernels(nn.Module):
@@ -346,20 +439,23 @@ def make_projector(subject: Subject, mm_hidden_size: int, hidden_size: int) -> n
     """The module, with fresh weights."""
     if subject.type_string == STOCK:
         return nn.Sequential(nn.Linear(mm_hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
-    if subject.implementation == NAIVE:
+    references = {NAIVE: NaiveTokenPacker, PUBLISHED: PublishedTokenPacker}
+    if subject.implementation in references:
         scale_factor = registry.resolve(subject.type_string).options["scale_factor"]
-        return NaiveTokenPacker(mm_hidden_size, hidden_size, scale_factor)
+        return references[subject.implementation](mm_hidden_size, hidden_size, scale_factor)
     projector = registry.build_projector(subject.type_string, mm_hidden_size, hidden_size)
     return _WithKernels(projector) if subject.implementation == TRITON else projector
 
 
 def forward_backward(projector: nn.Module, features: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
     """A pass as in training, and one that adds to gradients that are there, so that theirs is no part of its memory."""
-    with torch.no_grad():
-        gradient = torch.ones_like(projector(features))
+    gradients: list[torch.Tensor] = []  # of the tokens, made by the first call
 
     def accumulate() -> None:
-        projector(features).backward(gradient)
+        tokens = projector(features)
+        if not gradients:
+            gradients.append(torch.ones_like(tokens))
+        tokens.backward(gradients[0])
 
     def run() -> None:
         projector.zero_grad(set_to_none=True)
@@ -408,22 +504,17 @@ def _tower_flops(shape: models.TowerShape, layers: int) -> int:
     return flops.vision_tower(NUM_PATCHES_PER_SIDE, models.PATCH_SIZE, shape.width, shape.intermediate, layers)
 
 
-def _llama_flops(
-    family: models.Family, positions: int, *, train: bool, past: int = 0, lora_rank: int = 0
-) -> flops.Flops:
+def _llama_flops(family: models.Family, positions: int, **how: Any) -> flops.Flops:
     shape = family.llama
-    sizes = (shape.width, shape.intermediate, shape.layers, shape.vocabulary)
-    return flops.llama(positions, *sizes, train=train, past=past, lora_rank=lora_rank)
+    return flops.llama(positions, shape.width, shape.intermediate, shape.layers, shape.vocabulary, **how)
 
 
 def _sequence_flops(
-    family: models.Family, subject: Subject, images: int, *, train_llm: bool, lora_rank: int = 0
+    family: models.Family, subject: Subject, images: int, *, train_llm: bool, **how: Any
 ) -> flops.Flops:
     """One prompt through tower, projector and LLM, forward, and backward as far as the projector."""
     layers = family.tower.layers if subject.type_string == STOCK else family.tower.selected
     tower = _tower_flops(family.tower, layers)
     projector = flops.projector(subject, NUM_PATCHES_PER_SIDE, family.tower.width, family.llama.width)
     positions = TEXT_TOKENS + images * subject.visual_tokens
-    return (flops.Flops(tower) + projector) * images + _llama_flops(
-        family, positions, train=train_llm, lora_rank=lora_rank
-    )
+    return (flops.Flops(tower) + projector) * images + _llama_flops(family, positions, train=train_llm, **how)
