@@ -35,7 +35,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
-.PHONY: check-cuda check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
+.PHONY: cuda-kit check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -71,9 +71,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.speed --csv benchmarks/results/$(DEVICE).csv --device $(DEVICE)
 
-# On a machine with a GPU and all packages, of which this installs none: docs/cuda.md.
-check-cuda:
-	$(PYTHON) -m tests.gpu
+# What a machine with a GPU and no network is given beside the tree: docs/cuda.md.
+cuda-kit: $(STAMP)
+	$(BIN)/python tests/gpu/make_kit.py .cuda-kit
 
 forks: $(STAMP)
 	$(BIN)/python -m tests.forks --forks $(FORKS)
@@ -132,4 +132,4 @@ check-vllm: $(EXPORT_RUN)
 	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py
 
 clean:
-	rm -rf $(VENV) $(NEXT) .forks $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) .forks .cuda-kit $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info

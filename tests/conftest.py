@@ -17,7 +17,7 @@ from filelock import FileLock
 from packaging.version import Version
 
 os.environ["TRANSFORMERS_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
-DEVICE = os.environ.get("LLAVA_PROJECTORS_TEST_DEVICE", "cpu")  # `make check-cuda` sets it to cuda
+DEVICE = os.environ.get("LLAVA_PROJECTORS_TEST_DEVICE", "cpu")  # tests/gpu/run.py sets it to cuda
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are compared bit for bit
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do first
@@ -67,7 +67,7 @@ def device():
 def gpu(device):
     """Skips where no test runs on a GPU."""
     if device == "cpu":
-        pytest.skip("needs a GPU: LLAVA_PROJECTORS_TEST_DEVICE is cpu here, `make check-cuda` sets it to cuda")
+        pytest.skip("needs a GPU: LLAVA_PROJECTORS_TEST_DEVICE is cpu here, tests/gpu/run.py sets it to cuda")
     return device
 
 
@@ -153,7 +153,8 @@ def installed_distribution(tmp_path):
 def tiny(tmp_path_factory):
     """One folder for all processes that run tests."""
     base = tmp_path_factory.getbasetemp()
-    root = (base if WORKERS == 1 else base.parent) / "tiny"
+    shared = os.environ.get("LLAVA_PROJECTORS_TEST_ROOT")  # by tests that are started one by one: tests/gpu/run.py
+    root = Path(shared) if shared else (base if WORKERS == 1 else base.parent) / "tiny"
     made = root / "made"
     with FileLock(f"{root}.lock"):
         if not made.exists():

@@ -1,1 +1,1 @@
-"""What is checked on a GPU only or above all, and the command that runs all of it: `python -m tests.gpu`."""
+"""What is checked on a GPU only or above all, and the script that runs all of it: `tests/gpu/run.py`."""
