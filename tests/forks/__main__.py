@@ -105,6 +105,8 @@ def examine(row, options, processes, data):
         "arguments": row.arguments,
         "config": row.config,
         "checkout": str(checkout / row.below),
+        "scripts": str(checkout),
+        "width": row.width,
         "stand_ins": row.stand_ins,
         "log": str(options.results.resolve() / f"{row.folder}.log"),
     }
@@ -123,7 +125,8 @@ def examine(row, options, processes, data):
     found["doctor"] = processes.run(job="doctor", armed=True, **common)
     found["doctor"].setdefault("verdict", "no answer")
     if row.train and any("seen" in one for one in found["with"].get("ours", [])):
-        job = {"script": f"{row.package}.{row.train}", "settings": row.train_arguments, "data": data, **common}
+        job = {**common, "script": f"{row.package}.{row.train}", "settings": row.train_arguments, "data": data}
+        job["type"] = found["with"]["type"]
         found["training"] = processes.run(job="train", armed=True, own=False, **job)
         if not found["training"].get("losses"):
             found["training_own"] = processes.run(job="train", armed=False, own=True, **job)

@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from llava_projectors.registry import list_projectors
 from llava_projectors.tiny import train
 
 SECONDS = 900
+RAN = "ran: "
 OURS = (*trial.OUR_ERRORS, trial.CannotWork)
 
 
@@ -100,11 +102,16 @@ def run_models(job):
     if Path(job["checkout"]) not in place.parents:
         return {"error": f"the checkout has no package {job['package']}"}
     classes, failures = trial.find_models(job["package"])
-    trial.make_tower(Path(trial.TOWER))
+    trial.make_tower(Path(trial.TOWER), hidden_size=job["width"])
+    if job["armed"]:
+        job["type"] = seams.our_name(job["package"], job["type"])
     return {
+        "type": job["type"],
         "failures": {name: trial.one_line(watch.cause_of(error)) for name, error in failures.items()},
-        "stock": {cls.__name__: with_its_own(cls, job) for cls in classes},
-        "ours": [with_ours(cls, job) for cls in classes] if job["armed"] else [],
+        "stock": {
+            kind: {name: with_its_own(cls, kind, job) for name, cls in classes.items()} for kind in own_types(job)
+        },
+        "ours": [with_ours(cls, name, job) for name, cls in classes.items()] if job["armed"] else [],
         "names": its_names(job["package"]) if job["armed"] else {},
     }
 
@@ -112,15 +119,34 @@ def run_models(job):
 def its_names(package):
     """Of our names, those that the gate leaves to the fork, and those that the fork's own builders build."""
     known = seams._packages.get(package)
-    builders = known.projector_builders if known else []
-    found = {"gate": [name for name in list_projectors() if builders and known.knows(name)], "builder": []}
+    builders = known.projector_builders if known else ()
+    found = {"kept": [name for name in list_projectors() if known and known.reason_to_keep(name)], "built": []}
     for name in list_projectors():
-        settings = SimpleNamespace(mm_projector_type=name, mm_hidden_size=64, hidden_size=256)
+        settings = SimpleNamespace(mm_projector_type=name, mm_hidden_size=1024, hidden_size=4096, scale_factor=2)
         for builder in builders:
             with contextlib.suppress(Exception), torch.device("meta"):
-                builder(settings)
-                found["builder"].append(name)
+                builder.function(settings)
+                found["built"].append(name)
     return found
+
+
+# As scripts pass it, and as configs write it.
+NAMED_TYPE = re.compile(r"mm_projector_type[\"']?[\s=:]+[\"']?(\$?\{?\w[\w.:-]*)")
+SCRIPTS = (".sh", ".slurm", ".json", ".yaml", ".yml", ".md", ".txt")
+
+
+def own_types(job):
+    """The fork's default type, and every type that its scripts and configs name."""
+    found = [own_type(job)]
+    for path in sorted(Path(job["scripts"]).rglob("*")):
+        if path.suffix in SCRIPTS and path.is_file() and path.stat().st_size < 10**6:
+            text = path.read_text(errors="replace")
+            for name in NAMED_TYPE.findall(text):
+                if name.startswith("$"):  # a variable of the script
+                    found += re.findall(rf"^\s*(?:export )?{name.strip('${')}=[\"']?(\w[\w.:-]*)", text, re.MULTILINE)
+                else:
+                    found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def own_type(job):
@@ -129,16 +155,16 @@ def own_type(job):
     return (getattr(own(), "mm_projector_type", None) if own else None) or trial.STOCK_TYPE
 
 
-def with_its_own(cls, job):
-    """A digest of weights, gradients and loss with the fork's default type, or its error."""
+def with_its_own(cls, kind, job):
+    """A digest of weights, gradients and loss with a type of the fork's own, or its error."""
     try:
-        model = trial.build(cls, job["package"], own_type(job), job["arguments"])
+        model = trial.build(cls, job["package"], kind, job["arguments"])
         torch.manual_seed(1)
         seen = trial.run_once(model)
     except Exception as error:
         return trial.one_line(error)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return f"{digest(model.parameters())} {digest(gradients)} {seen.positions} {seen.loss!r}"
+    return f"{RAN}{digest(model.parameters())} {digest(gradients)} {seen.positions} {seen.loss!r}"
 
 
 def digest(tensors):
@@ -149,9 +175,9 @@ def digest(tensors):
     return found.hexdigest()[:16]
 
 
-def with_ours(cls, job):
+def with_ours(cls, name, job):
     """Build, forward, backward, save and load with our type."""
-    row = {"model": cls.__name__}
+    row = {"model": name}
     try:
         model = trial.build(cls, job["package"], job["type"], job["arguments"])
         row["seen"] = trial.check(model, trial.run_once(model))
@@ -208,12 +234,12 @@ def run_doctor(job):
         if "error" in report:
             return trial.Report([], [trial.Trial(trial.NOT_CHECKED, report["error"])])
         rows = [doctor.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in report["seams"]]
-        return trial.Report(rows, [trial.Trial(**one) for one in report["trials"]], report["armed"])
+        return trial.Report(rows, [trial.Trial(**t) for t in report["trials"]], report["armed"], report["type_string"])
 
     doctor.run_trial = run_trial
     diagnosis = doctor.diagnose([job["package"]], job["type"], job["arguments"]).as_dict()
     package = diagnosis["packages"][0]
-    return {"verdict": package["verdict"], "reason": package["reason"], "trials": package["trials"]}
+    return {name: package[name] for name in ("verdict", "reason", "trials", "type_string")}
 
 
 def run_training(job):

@@ -23,12 +23,14 @@ was changed. Each check runs in a process of its own. The same checks run on eac
   with what the tower returned, and got gradients.
 - **Saved, loaded**: by `save_pretrained` and `from_pretrained`; weights and visual tokens are the same bits.
 - **Its script**: two steps of the fork's own training script, full fine-tuning with `{type}`, on a CPU.
-- **Its own type**: weights, loss and gradients of its default projector are the same bits with the plugin on and
-  off; where the fork fails by itself, the error is the same.
+- **Its own types**: with its default type, and with every type that its scripts and configs name, weights, loss and
+  gradients are the same bits with the plugin on and off. In brackets: types with which no class of it could be run
+  here; its errors are the same then.
 - **doctor**: what `llava-projectors doctor` says. Exit status 0 only for *works*.
 
 *not checked* means that the fork itself could not be run here, with any projector. A fork that was tried with other
-settings than these says so below; so does one whose usual tower was not tried.
+settings than these says so below; so does one whose usual tower was not tried. A fork whose own projector builder
+keeps the bare name was tried with `llava_projectors.{type}`.
 
 """
 
@@ -41,9 +43,11 @@ def write_table(results, table):
         f"Python {platform.python_version()}, torch {torch.__version__}.\n\n",
     ]
     counts = {v: sum(one["doctor"]["verdict"] == v for one in found) for v in ("works", "cannot work", "not checked")}
-    lines.append(f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}. {agreement(found)}\n\n")
+    lines.append(
+        f"{len(found)} forks: {', '.join(f'{n} {v}' for v, n in counts.items())}. {' '.join(agreement(found))}\n\n"
+    )
     heads = ("fork, commit", "package", "transformers", "doctor", "visual tokens", "saved, loaded", "its script")
-    lines.append(f"| {' | '.join(heads)} | its own type |\n")
+    lines.append(f"| {' | '.join(heads)} | its own types |\n")
     lines.append("|---|---|---|---|---|---|---|---|\n")
     lines += [line_of(one) for one in sorted(found, key=lambda one: list(counts).index(one["doctor"]["verdict"]))]
     lines.append("\n## Why, and with what\n\n")
@@ -52,27 +56,54 @@ def write_table(results, table):
 
 
 def agreement(found):
-    """Whether what doctor says is what happened, and whether a fork's own type was harmed, in words."""
+    """Whether what doctor says is what happened, and whether a type of a fork's own was harmed, in words."""
     counted = {one["fork"] for one in found if any("seen" in trial for trial in one["with"].get("ours", []))}
     said = {one["fork"] for one in found if one["doctor"]["verdict"] == "works"}
     harmed = [one["fork"] for one in found if not one["unharmed"]]
-    names = [
-        one["fork"]
-        for one in found
-        if set(one["with"].get("names", {}).get("gate", [])) != set(one["with"].get("names", {}).get("builder", []))
-    ]
-    return " ".join(
-        [
-            "doctor says *works* of exactly those whose visual tokens were counted."
-            if counted == said
-            else f"**doctor and what happened differ on {', '.join(sorted(counted ^ said))}.**",
-            f"**The plugin changes the own type of {', '.join(harmed)}.**"
-            if harmed
-            else "The plugin changes no fork's own type.",
-            "A type name that a fork's own builder knows too stays the fork's"
-            + (f"; the builder of {', '.join(names)} takes any name." if names else "."),
-        ]
+    pairs = sum(len(ran(one)) for one in found)
+    if counted == said:
+        yield "doctor says *works* of exactly those whose visual tokens were counted."
+    else:
+        yield f"**doctor and what happened differ on {', '.join(sorted(counted ^ said))}.**"
+    if harmed:
+        yield f"**The plugin changes a type of {', '.join(harmed)}.**"
+    else:
+        yield f"The plugin changes no fork's own type ({pairs} pairs of a fork and a type that runs in it)."
+    yield from agreement_on_names(found)
+
+
+def agreement_on_names(found):
+    """Whether the gate leaves to every fork the names that its builder builds, in words."""
+    taken = [one["fork"] for one in found if set(names_of(one, "built")) - set(names_of(one, "kept"))]
+    yield (
+        f"**The gate takes names of {', '.join(taken)}.**"
+        if taken
+        else "The names that a builder builds are left to it."
     )
+    every = [one["fork"] for one in found if "saep" in names_of(one, "kept")]
+    if every:
+        yield f"Every bare name stays with {', '.join(every)}."
+    for one in found:
+        if names_of(one, "kept") and one["fork"] not in every:
+            yield f"{one['fork']} keeps {', '.join(names_of(one, 'kept'))}."
+
+
+def names_of(one, kind):
+    """Of our names, those that the gate leaves to the fork (`kept`), or that its builder builds (`built`)."""
+    return one["with"].get("names", {}).get(kind, [])
+
+
+def ran(one):
+    """Types of its own with which a class of the fork ran."""
+    stock = one["without"].get("stock", {})
+    return [kind for kind, classes in stock.items() if any(end.startswith("ran: ") for end in classes.values())]
+
+
+def own_types_of(one):
+    stock = one["without"].get("stock", {})
+    failed = [kind for kind in stock if kind not in ran(one)]
+    shown = ", ".join(ran(one) + [f"({kind})" for kind in failed]) or "-"
+    return f"same: {shown}" if one["unharmed"] else f"**other**: {shown}"
 
 
 def line_of(one):
@@ -85,7 +116,7 @@ def line_of(one):
         tokens_of(one),
         saved_of(one),
         script_of(one),
-        "same" if one["unharmed"] else "**other**",
+        own_types_of(one),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -116,10 +147,8 @@ def script_of(one):
 def notes_of(one):
     """What the table has no room for."""
     notes = []
-    settings = {
-        **({"mm_projector_type": one["type"]} if one.get("type", USUAL_TYPE) != USUAL_TYPE else {}),
-        **one["arguments"],
-    }
+    tried = one["with"].get("type", one["type"])
+    settings = {**({"mm_projector_type": tried} if tried != USUAL_TYPE else {}), **one["arguments"]}
     if settings:
         notes.append("With " + ", ".join(f"`--{name} {value}`" for name, value in settings.items()) + ".")
     if one["tower"] != "CLIP":

@@ -43,6 +43,7 @@ class Row:
         stand_ins: packages that it imports and these checks never call.
         tower: its usual one is another than CLIP, and was not tried.
         type_string: the projector it is tried with; a tower without hidden states needs one layer.
+        width: channels of the tower, where its own projector has them written into its code.
         train: module of its training script; None when it cannot run here.
         train_arguments: what its script needs beyond LLaVA's.
     """
@@ -57,6 +58,7 @@ class Row:
     stand_ins: tuple[str, ...] = ()
     tower: str = "CLIP"
     type_string: str = USUAL_TYPE
+    width: int = 32
     train: Optional[str] = "train.train"
     train_arguments: dict[str, str] = field(default_factory=dict)
 
@@ -109,4 +111,35 @@ ROWS = (
     Row("LISA", "dvlab-research/LISA", "model.llava", "4.31.0"),
     Row("groundingLMM", "mbzuai-oryx/groundingLMM", "model.llava", "4.31.0", stand_ins=("mmcv", "mmdet")),
     Row("llava-phi", "zhuyiche/llava-phi", "llava_phi"),
+    Row("TokenPacker", "CircleRadon/TokenPacker", "llava", "4.31.0", width=1024),
+    Row("Delta-LLaVA", "mzamini92/Delta-LLaVA", "llava", width=1024),
+    Row("LLaVA-STF", "visresearch/LLaVA-STF", "llava", width=1024),
+    Row("LongVA", "EvolvingLMMs-Lab/LongVA", "longva", "4.41.2", below="longva"),
+    Row("FastV", "pkunlp-icler/FastV", "llava", "4.31.0", below="src/LLaVA"),
+    Row("SparseVLMs", "Gumpest/SparseVLMs", "llava"),
+    Row("PyramidDrop", "Cooperx521/PyramidDrop", "llava"),
+    Row("EAGLE", "NVlabs/EAGLE", "eagle", "4.45.2"),
+    Row("Open-LLaVA-NeXT", "xiaoachen98/Open-LLaVA-NeXT", "llava"),
+    Row("ShareGPT4Video", "ShareGPT4Omni/ShareGPT4Video", "llava"),
+    Row("quilt-llava", "aldraus/quilt-llava", "llava", "4.31.0"),
+    Row("Vitron", "SkyworkAI/Vitron", "vitron", "4.31.0"),
+    Row("CuMo", "SHI-Labs/CuMo", "cumo"),
+    Row("TRIM", "FreedomIntelligence/TRIM", "llava"),
+    Row("HiDe-LLaVA", "Ghy0501/HiDe-LLaVA", "llava", "4.31.0"),
+    Row("VideoLLaMA2", "DAMO-NLP-SG/VideoLLaMA2", "videollama2", "4.41.2"),
+    Row("vstar", "penghao-wu/vstar", "llava", "4.31.0", below="LLaVA"),
+    Row("ml-slowfast-llava", "apple/ml-slowfast-llava", "llava", "4.39.3", below="slowfast_llava"),
+    Row("conv-llava", "alibaba/conv-llava", "llava", "4.39.3"),
+    Row("DoRA", "NVlabs/DoRA", "llava", "4.31.0", below="visual_instruction_tuning"),
+    Row("LLaVA-Rad", "microsoft/LLaVA-Rad", "llava", "4.31.0"),
+    Row("LLaVA-Align", "yfzhang114/LLaVA-Align", "llava", "4.31.0", below="experiments"),
+    Row("InternVL", "OpenGVLab/InternVL", "llava", below="internvl_chat_llava"),
+    Row("LLaVAction", "AdaptiveMotorControlLab/LLaVAction", "llavaction", "4.41.2"),
+    Row("matryoshka-mm", "mu-cai/matryoshka-mm", "llava"),
+    Row("HuatuoGPT-Vision", "FreedomIntelligence/HuatuoGPT-Vision", "llava"),
+    Row("dynamic_llava", "Osilly/dynamic_llava", "llava"),
+    Row("Inverse-LLaVA", "xuhuizhan5/Inverse-LLaVA", "llava"),
+    Row("MQT-LLaVA", "gordonhu608/MQT-LLaVA", "llava"),
+    Row("LITA", "NVlabs/LITA", "lita", "4.31.0"),
+    Row("VTimeLLM", "huangb23/VTimeLLM", "vtimellm", "4.31.0"),
 )  # fmt: skip
