@@ -475,17 +475,41 @@ def two_values(self, images):
     return features
 
 
+def one_by_one(self, images):
+    return list(self.feature_select(self.vision_tower(images, output_hidden_states=True)))
+
+
 @pytest.mark.parametrize(
-    ("forward", "cause"), [(embedding_too, "AttributeError: .*a_field"), (two_values, "ValueError: not enough values")]
+    ("forward", "cause"),
+    [
+        (embedding_too, "ends in AttributeError: .*a_field"),
+        (two_values, "ends in ValueError: not enough values"),
+        (one_by_one, r"returns \[576, 64\], not features"),
+    ],
 )
 def test_a_forward_that_wants_more_than_hidden_states_is_refused_before_training(tiny, forward, cause):
     """As HiDe-LLaVA's, which reads the embedding of the whole picture."""
     tower = clip_tower(tiny, forward=forward)
     convert_tower(tower, registry.resolve("saep"))
     tower.load_model()
-    message = f"^projector type 'saep' cannot use the vision tower ForksTower: its forward ends in {cause}[^\n]*$"
+    message = f"^projector type 'saep' cannot use the vision tower ForksTower: its forward {cause}[^\n]*$"
     with pytest.raises(ProjectorSpecError, match=message):
         see_real_grid(tower)
+
+
+def test_a_picture_of_another_size_than_the_processors_is_no_reason_to_refuse(tiny):
+    """Newer transformers raise a ValueError there, older ones a RuntimeError."""
+
+    def forward(self, images):
+        if images.shape[-1] != 224:
+            raise ValueError("Input image size (336*336) doesn't match model (224*224).")
+        return self.feature_select(self.vision_tower(images, output_hidden_states=True))
+
+    tower = clip_tower(tiny, forward=forward)
+    convert_tower(tower, registry.resolve("saep"))
+    tower.load_model()
+    see_real_grid(tower)
+    assert tower.patch_side == 24
 
 
 def test_a_vision_model_under_another_name(tiny):

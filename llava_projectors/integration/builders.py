@@ -96,7 +96,8 @@ class ProjectorBuilder:
             return "takes any name"
         if answer.way != unknown.way:
             return answer.words
-        if all(self._ask(known).way == unknown.way for known in LLAVAS_TYPES):
+        # From the last, `identity`: it has no parameters, which DeepSpeed's zero.Init would partition.
+        if all(self._ask(known).way == unknown.way for known in reversed(LLAVAS_TYPES)):
             return "refuses LLaVA's own types as well"
         return None
 

@@ -388,21 +388,34 @@ def see_real_grid(tower: Any) -> None:
     size, weight = picture_size(tower), next(tower.parameters(), None)
     if size is None or weight is None or weight.is_meta or hasattr(weight, "ds_id"):
         return
+    picture = torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype)
     try:
         with torch.no_grad():
-            tower(torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
+            features = tower(picture)
     except ProjectorSpecError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ProjectorSpecError(
-            f"projector type {tower.projector_spec.type_string!r} cannot use the vision tower "
-            f"{tower.tower_class.__name__}: its forward ends in {type(error).__name__}: {error}"
-        ) from error
-    except RuntimeError:  # the fork resizes pictures elsewhere; its position embedding tells for what
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _refused_forward(tower, f"ends in {type(error).__name__}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        if "to unpack" in str(error):  # it takes our one tensor apart
+            raise _refused_forward(tower, f"ends in {type(error).__name__}: {error}") from error
+        # The fork resizes pictures elsewhere; its position embedding tells for what.
         vision_model = getattr(tower.vision_tower, "vision_model", tower.vision_tower)
         embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
         if embedding is not None:  # else the first forward tells, or fails with an error of its own
             tower.see_grid(embedding.weight.shape[0])
+    else:
+        parts = features if isinstance(features, list) else [features]
+        if not isinstance(features, tuple) and not all(isinstance(p, torch.Tensor) and p.ndim == 3 for p in parts):
+            shown = ", ".join(str(list(p.shape)) if isinstance(p, torch.Tensor) else type(p).__name__ for p in parts)
+            raise _refused_forward(tower, f"returns {shown}, not features [images, patches, channels]")
+
+
+def _refused_forward(tower: Any, what: str) -> ProjectorSpecError:
+    return ProjectorSpecError(
+        f"projector type {tower.projector_spec.type_string!r} cannot use the vision tower "
+        f"{tower.tower_class.__name__}: its forward {what}"
+    )
 
 
 def picture_size(tower: Any) -> Optional[int]:
