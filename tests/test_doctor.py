@@ -194,7 +194,7 @@ def test_a_builder_that_takes_any_name(fork):
     assert (found.verdict, found.type_string) == ("works", "llava_projectors.saep")
     assert found.reason.startswith("576 -> 144 visual tokens")
     assert found.reason.endswith(
-        "; --mm_projector_type is 'llava_projectors.saep', for myfork's own builder keeps 'saep'"
+        "; tried with --mm_projector_type llava_projectors.saep, for myfork's own builder keeps 'saep'"
     )
 
 

@@ -183,7 +183,8 @@ def _diagnose_package(
     elif verdict != WORKS and untested:
         reason += f" ({'; '.join(untested)})"
     if report.type_string not in ("", type_string):
-        reason += f"; --mm_projector_type is {report.type_string!r}, for {package}'s own builder keeps {type_string!r}"
+        whose = f"{package}'s own builder keeps {type_string!r}"
+        reason += f"; tried with --mm_projector_type {report.type_string}, for {whose}"
     return PackageDiagnosis(
         package,
         verdict,
