@@ -247,7 +247,7 @@ def llava_train(tiny, can_train, tmp_path, monkeypatch):
         data = train.finetune_arguments(tiny.finetune_data, tiny.images, None, max_steps=1)
         llm = arguments.pop("llm", tiny.llm)
         command = train.training_command(
-            tmp_path / "llava-x", llm, tiny.coarse_tower, projector_type, **data, **arguments
+            tmp_path / "llava-x", llm, tiny.coarse_tower, projector_type, **{**data, **arguments}
         )
         monkeypatch.setattr(sys, "argv", command[2:])
         monkeypatch.setattr(conversation, "default_conversation", conversation.default_conversation)

@@ -214,3 +214,32 @@ def test_resuming_continues_the_loss_curve(tiny, trained, monkeypatch, stage):
     assert losses(folder) == pytest.approx([99.0, *whole[1:]], rel=1e-5)
     resumed = weights(folder)
     assert all(torch.allclose(resumed[name], value, atol=1e-6) for name, value in final.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_lora_run_goes_on(tiny, trained, monkeypatch, stage):
+    """From `checkpoint-1` of 2 steps: DeepSpeed saves it without what is frozen, and loads it again."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    start = trained("saep").adapter / "mm_projector.bin"
+    lora = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "learning_rate": 5e-3}
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options = finetune_arguments(tiny.finetune_data, tiny.images, start, **lora, **saving)
+    options["deepspeed"] = zero_config(tiny.root / f"zero{stage}-lora.json", stage)
+    folder = tiny.root / "runs" / f"llava-lora-resume-{stage}"
+    command = training_command(folder, tiny.llm, tiny.coarse_tower, "saep", **options)
+
+    def train():
+        run_ranks(command, 1, tiny.root / "runs" / f"lora-resume-{stage}.log", tiny.root)
+        return torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+
+    whole, curve = train(), losses(folder)
+    at_checkpoint = torch.load(folder / "checkpoint-1" / "non_lora_trainables.bin", weights_only=True)
+    assert at_checkpoint.keys() == whole.keys()
+    assert all(at_checkpoint[name].shape == value.shape for name, value in whole.items())
+    shutil.rmtree(folder / "checkpoint-2")
+    (folder / "non_lora_trainables.bin").unlink()
+    again = train()
+    assert losses(folder) == curve
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert not all(torch.equal(at_checkpoint[name], value) for name, value in whole.items())

@@ -72,7 +72,8 @@ def test_explicit_patch_after_llava_was_imported():
     import llava_projectors
     assert not hasattr(build_vision_projector, "__wrapped__")
     states = {{r.seam: r.state for r in llava_projectors.patch()}}
-    assert states.pop("model loader") == "missing"  # llava.model.builder is not imported here
+    for seam in ("model loader", "training loop", "checkpoint writer", "best checkpoint"):
+        assert states.pop(seam) == "missing"  # llava.model.builder and llava.train are not imported here
     assert states.pop("further initializers") == "missing"  # LLaVA has none, forks have
     assert set(states.values()) == {{"patched"}}, states
     assert build_vision_projector.__wrapped__ is mine
@@ -94,6 +95,7 @@ def attributes():
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder import builder as tower_builder
     from llava.model.multimodal_projector import builder as projector_builder
+    from llava.train.llava_trainer import LLaVATrainer
 
     pairs = [
         (tower_builder, "build_vision_tower"),
@@ -107,6 +109,7 @@ def attributes():
         (llava_arch.LlavaMetaForCausalLM, "encode_images"),
         (LlavaLlamaForCausalLM, "from_pretrained"),
         (model_builder, "load_pretrained_model"),
+        *((LLaVATrainer, name) for name in ("train", "save_model", "_load_best_model")),
     ]
     return {(owner.__name__, name): vars(owner)[name] for owner, name in pairs if name in vars(owner)}
 
@@ -125,8 +128,8 @@ def test_patch_is_idempotent_and_unpatch_restores_every_object(patched_again):
     assert set(states.values()) == {"patched"}
     twice = attributes()
     assert all(once[key] is twice[key] for key in once)
-    inherited = ("LlavaLlamaForCausalLM", "from_pretrained")  # LLaVA's class has none of its own
-    originals = {key: value.__wrapped__ for key, value in once.items() if key != inherited}
+    inherited = ("from_pretrained", "train", "save_model", "_load_best_model")  # LLaVA's classes have none of their own
+    originals = {key: value.__wrapped__ for key, value in once.items() if key[1] not in inherited}
 
     llava_projectors.unpatch()
     restored = attributes()

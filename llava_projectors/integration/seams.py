@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, Callable, Optional, Union
 
 from llava_projectors import seam_names
-from llava_projectors.integration import gate, high_resolution, wrappers
+from llava_projectors.integration import gate, high_resolution, trainer, wrappers
 from llava_projectors.integration.gate import Package, is_ours
 
 Owner = Union[ModuleType, type]
@@ -47,9 +47,9 @@ class Seam:
         required: whether our types cannot work without it. The others are safeguards, which a
             program that never imports their module does without.
         beside: methods of which the class has to define one, so that a name as common as `__init__` is not taken
-            from another class.
-        inherited: the class inherits the attribute, and gets one of its own in front of it; what a class
-            defines itself is left alone.
+            from another class; all of which it has to have, where it may inherit the attribute.
+        inherited: the end of the name of a class that may inherit the attribute, and gets one of its own in front.
+        spares_own: what such a class defines itself is left alone.
     """
 
     role: str
@@ -60,7 +60,8 @@ class Seam:
     on_error: Optional[Callable[[ValueError, Package, Any], ValueError]] = None
     required: bool = True
     beside: frozenset[str] = seam_names.SEAM_METHODS
-    inherited: bool = False
+    inherited: str = ""
+    spares_own: bool = False
 
     def __str__(self) -> str:
         return self.role
@@ -112,7 +113,9 @@ SEAMS = (
         wrappers.settings_of_checkpoint,
         wrappers.load_checkpoint,
         required=False,
-        inherited=True,
+        beside=frozenset(),
+        inherited=seam_names.SEAM_CLASS_ENDING,
+        spares_own=True,
     ),
     Seam(
         "model loader",
@@ -121,6 +124,37 @@ SEAMS = (
         wrappers.settings_of_model,
         wrappers.load_model,
         required=False,
+    ),
+    # transformers defines them for the Trainer of every script.
+    Seam(
+        "training loop",
+        (seam_names.TRAINING_LOOP,),
+        True,
+        trainer.settings_of_trainer,
+        trainer.train,
+        required=False,
+        beside=seam_names.TRAINER_METHODS,
+        inherited=seam_names.TRAINER_CLASS_ENDING,
+    ),
+    Seam(
+        "checkpoint writer",
+        (seam_names.CHECKPOINT_WRITER,),
+        True,
+        trainer.settings_of_trainer,
+        trainer.save_model,
+        required=False,
+        beside=seam_names.TRAINER_METHODS,
+        inherited=seam_names.TRAINER_CLASS_ENDING,
+    ),
+    Seam(
+        "best checkpoint",
+        (seam_names.BEST_CHECKPOINT,),
+        True,
+        trainer.settings_of_trainer,
+        trainer.load_best_model,
+        required=False,
+        beside=seam_names.TRAINER_METHODS,
+        inherited=seam_names.TRAINER_CLASS_ENDING,
     ),
     # The three of `image_aspect_ratio slice`. The first is the only place of LLaVA's script that knows
     # the setting and the tokenizer; the second joins the pictures of a batch, which tiles of other
@@ -176,6 +210,7 @@ class _Patch:
     name: str
     original: Any
     wrapper: Any
+    inherited: bool
 
 
 _patches: list[_Patch] = []
@@ -199,12 +234,12 @@ def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
         if not isinstance(value, type) or value.__module__ != module.__name__:
             continue
         if seam.inherited:
-            is_model = name.endswith(seam_names.SEAM_CLASS_ENDING)
+            is_meant = name.endswith(seam.inherited) and all(hasattr(value, method) for method in seam.beside)
         else:
-            is_model = not seam.beside.isdisjoint(vars(value))
-        for attribute in seam.names if is_model else ():
+            is_meant = not seam.beside.isdisjoint(vars(value))
+        for attribute in seam.names if is_meant else ():
             defined = vars(value).get(attribute)
-            if seam.inherited:
+            if (seam.inherited and defined is None) or seam.spares_own:
                 defined = hasattr(value, attribute) and (defined is None or _is_wrapper(defined))
             if defined:
                 yield value, attribute
@@ -280,7 +315,7 @@ def patch_module(package: str, module: ModuleType) -> None:
                 wrapper = _gated(seam, _package(package), owner, name, original)
                 if seam.replacement is wrappers.build_projector:
                     _package(package).add_builder(original)
-                patch_record = _Patch(package, seam, owner, name, original, wrapper)
+                patch_record = _Patch(package, seam, owner, name, original, wrapper, name not in vars(owner))
                 setattr(owner, name, wrapper)
                 if owner is module:
                     _replace_copies(name, original, wrapper)
@@ -314,7 +349,7 @@ def unpatch(package: str) -> None:
     with _lock:
         for p in [p for p in _patches if p.package == package]:
             if vars(p.owner).get(p.name) is p.wrapper:
-                if p.seam.inherited:
+                if p.inherited:
                     delattr(p.owner, p.name)
                 else:
                     setattr(p.owner, p.name, p.original)
