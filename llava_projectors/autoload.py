@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
     from llava_projectors.integration.seams import SeamReport
 
@@ -138,10 +139,16 @@ def arm_from_environment() -> None:
             from llava_projectors.integration import seams
 
             seams.patch(package)
-    if TRANSFORMERS_LLAVA in sys.modules:
+    _hook_transformers()
+
+
+def _hook_transformers() -> None:
+    """Hook into transformers' LLaVA, if it is imported, as long as any package is armed."""
+    module: Any = sys.modules.get(TRANSFORMERS_LLAVA)
+    if hasattr(module, "LlavaPreTrainedModel"):  # else it is being imported
         from llava_projectors.serving import hook
 
-        hook.install(sys.modules[TRANSFORMERS_LLAVA])
+        (hook.install if armed_packages() else hook.uninstall)(module)
 
 
 def patch(package: str = "llava") -> list[SeamReport]:
@@ -170,11 +177,14 @@ def patch(package: str = "llava") -> list[SeamReport]:
 
     seams.check_importable(package)
     arm(package)
+    _hook_transformers()
     return seams.patch(package)
 
 
 def unpatch(package: str = "llava") -> None:
     """Give every patched attribute of `package` its original object back and disarm the hook for it.
+
+    What somebody else has put over ours stays, and ours below it does nothing any more.
 
     Models that were built before keep working with the projector they have. The finder stays on the
     meta path, where it watches no package any more. Its removal would shift the finders behind it,
@@ -186,6 +196,7 @@ def unpatch(package: str = "llava") -> None:
         >>> _ = llava_projectors.patch("llava")
     """
     _finder.packages = tuple(p for p in _finder.packages if p != package)
+    _hook_transformers()
     if "llava_projectors.integration.seams" in sys.modules:
         from llava_projectors.integration import seams
 

@@ -1,5 +1,6 @@
 """The hook and the table of seams: reversible, idempotent, in any import order, for any package name."""
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -10,7 +11,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import warm
@@ -161,6 +162,70 @@ def test_a_loader_that_a_fork_defines_itself_is_left_alone(monkeypatch, patched_
         assert vars(ForkForCausalLM)["from_pretrained"] is own
         patched = "from_pretrained" in vars(llava_llama.LlavaLlamaForCausalLM)
         assert patched is (change is llava_projectors.patch)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def theirs(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return theirs
+
+
+def hidden(function):
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+@pytest.fixture
+def seams_of_llava(patched_again):
+    """Two attributes that are patched; afterwards LLaVA's own are there again."""
+    from llava.model import llava_arch
+    from llava.model.multimodal_projector import builder
+
+    llava_projectors.patch()
+    pairs = ((builder, "build_vision_projector"), (llava_arch.LlavaMetaModel, "initialize_vision_modules"))
+    originals = [vars(owner)[name].__wrapped__ for owner, name in pairs]
+    yield pairs
+    for (owner, name), original in zip(pairs, originals):
+        setattr(owner, name, original)
+
+
+@pytest.mark.parametrize("over", [wrapped, hidden])
+def test_what_others_put_over_our_wrappers_stays(seams_of_llava, over):
+    """Patching again puts nothing over it, and after `unpatch` ours below it does nothing."""
+    theirs = [over(vars(owner)[name]) for owner, name in seams_of_llava]
+    for (owner, name), value in zip(seams_of_llava, theirs):
+        setattr(owner, name, value)
+    states = {r.seam: r.state for r in llava_projectors.patch()}
+    assert states["projector builder"] == states["vision initializer"] == "patched"
+    assert [vars(owner)[name] for owner, name in seams_of_llava] == theirs
+    config = SimpleNamespace(mm_projector_type="saep", mm_hidden_size=32, hidden_size=80)
+    build = theirs[0]
+    assert type(build(config)).__name__ == "SAEP"
+
+    llava_projectors.unpatch()
+    assert [vars(owner)[name] for owner, name in seams_of_llava] == theirs
+    with pytest.raises(ValueError, match="^Unknown projector type: saep$"):
+        build(config)
+
+
+def test_unpatch_leaves_nothing_in_transformers(patched_again):
+    """There a hook lets its LLaVA classes load exported folders; somebody else's wrapper over it stays."""
+    from transformers.models.llava import modeling_llava
+
+    owner = modeling_llava.LlavaPreTrainedModel
+    llava_projectors.patch()
+    assert {"from_pretrained", "_from_config"} <= vars(owner).keys()
+    ours = vars(owner)["_from_config"]
+    owner._from_config = theirs = classmethod(functools.wraps(ours)(lambda cls, *args: ours.__func__(cls, *args)))
+    try:
+        llava_projectors.unpatch()
+        assert "from_pretrained" not in vars(owner)
+        assert vars(owner)["_from_config"] is theirs
+    finally:
+        del owner._from_config
+    llava_projectors.patch()
+    assert {"from_pretrained", "_from_config"} <= vars(owner).keys()
 
 
 def test_patch_and_unpatch_from_several_threads(patched_again):

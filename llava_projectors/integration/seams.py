@@ -249,6 +249,23 @@ def _is_wrapper(value: Any) -> bool:
     return any(p.wrapper is value for p in _patches)
 
 
+def _is_in_place(owner: Owner, name: str, value: Any) -> bool:
+    """Whether the attribute is our wrapper, or what somebody else has put over it."""
+    is_reloaded = isinstance(owner, ModuleType) and getattr(value, "__module__", None) == owner.__name__
+    return any(
+        p.wrapper in _wrapped_by(value) or not (value is p.original or is_reloaded)
+        for p in _patches
+        if p.owner is owner and p.name == name
+    )
+
+
+def _wrapped_by(value: Any) -> Iterator[Any]:
+    """The value, and all that it wraps by `functools.wraps`."""
+    while value is not None:
+        yield value
+        value = getattr(value, "__dict__", {}).get("__wrapped__")
+
+
 def _modules(package: str) -> list[ModuleType]:
     """The imported modules of the package that hold a seam."""
     found = [m for name, m in list(sys.modules.items()) if m is not None and name.startswith(f"{package}.")]
@@ -282,6 +299,8 @@ def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any)
 
     @functools.wraps(function)
     def gated(*args: Any, **kwargs: Any) -> Any:
+        if _packages.get(package.name) is not package:  # `unpatch` has found somebody else's wrapper over this one
+            return function(*args, **kwargs)
         try:
             arguments = signature.bind(*args, **kwargs).arguments
         except TypeError:
@@ -310,7 +329,7 @@ def patch_module(package: str, module: ModuleType) -> None:
         for seam in SEAMS:
             for owner, name in _owners(seam, module):
                 original = inspect.getattr_static(owner, name)
-                if any(p.owner is owner and p.wrapper is original for p in _patches):
+                if _is_in_place(owner, name, original):
                     continue
                 wrapper = _gated(seam, _package(package), owner, name, original)
                 if seam.replacement is wrappers.build_projector:
@@ -373,10 +392,12 @@ def report(package: str) -> list[SeamReport]:
 
 def _report_seam(package: str, seam: Seam, modules: list[ModuleType]) -> SeamReport:
     owners = [found for module in modules for found in _owners(seam, module)]
-    wrappers_here = {id(p.wrapper) for p in _patches if p.package == package}
+    # A wrapper of somebody else's may hide one of ours.
+    hidden = [(p.owner, p.name) for p in _patches if p.package == package and p.seam is seam]
+    owners += [found for found in hidden if found not in owners]
     if not owners:
         state = "missing"
-    elif all(id(inspect.getattr_static(owner, name)) in wrappers_here for owner, name in owners):
+    elif all(_is_in_place(owner, name, inspect.getattr_static(owner, name)) for owner, name in owners):
         state = "patched"
     else:
         state = "found"

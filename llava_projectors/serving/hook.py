@@ -13,6 +13,9 @@ from typing import Any
 # classes fail, and say why, rather than answer from a projector with random weights.
 NOT_STOCK = "a projector of llava-projectors: load with trust_remote_code=True, or pip install llava-projectors"
 METHODS = ("from_pretrained", "_from_config")
+# By name; identity tells ours from what somebody else put over it.
+_wrappers: dict[str, Any] = {}
+_is_installed = False
 
 
 def install(module: ModuleType) -> None:
@@ -21,18 +24,23 @@ def install(module: ModuleType) -> None:
     Args:
         module: `transformers.models.llava.modeling_llava`.
     """
+    global _is_installed
     owner = module.LlavaPreTrainedModel
     for name in METHODS:
         if name not in vars(owner):
-            setattr(owner, name, _giving_way(owner, name))
+            _wrappers[name] = _giving_way(owner, name)
+            setattr(owner, name, _wrappers[name])
+    _is_installed = True
 
 
 def uninstall(module: ModuleType) -> None:
-    """The classes inherit the methods of transformers again."""
+    """The classes inherit the methods of transformers again; what somebody has put over ours stays, with ours idle."""
+    global _is_installed
     owner = module.LlavaPreTrainedModel
     for name in METHODS:
-        if hasattr(vars(owner).get(name), "_gives_way"):
+        if name in vars(owner) and vars(owner)[name] is _wrappers.get(name):
             delattr(owner, name)
+    _is_installed = False
 
 
 def _giving_way(owner: Any, name: str) -> Any:
@@ -44,16 +52,14 @@ def _giving_way(owner: Any, name: str) -> Any:
             # Looked up at each call: other packages replace it too, after us.
             return getattr(super(owner, cls), name)(*args, **kwargs)
         except KeyError as error:
-            if NOT_STOCK not in error.args:
+            if NOT_STOCK not in error.args or not _is_installed:
                 raise
             classes = _exported_classes()
             if cls.__name__ not in classes:
                 raise
         return getattr(classes[cls.__name__], name)(*args, **kwargs)
 
-    wrapper: Any = classmethod(load)
-    wrapper._gives_way = True
-    return wrapper
+    return classmethod(load)
 
 
 def _exported_classes() -> dict[str, Any]:
