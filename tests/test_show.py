@@ -20,6 +20,7 @@ from llava_projectors.commands.show.draw import draw
 from llava_projectors.commands.show.models import random_model
 from llava_projectors.commands.show.picture import read_picture
 from llava_projectors.commands.show.view import make_view, own_regions
+from llava_projectors.integration.image_processor import to_pixels
 from llava_projectors.projectors import tokenpacker
 
 
@@ -341,6 +342,53 @@ def test_every_depth_of_a_picture(tmp_path):
     assert (cmyk.reshape(-1, 3) == [254, 0, 0]).all() or np.abs(cmyk.astype(int) - [255, 0, 0]).max() < 4
     with pytest.raises(ValueError, match="floating-point numbers of unknown range"):
         saved(tmp_path / "float.tiff", grey.convert("F"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "white", "num_lines"), [([0, 100, 255], 255, 0), ([0, 256, 300], 65535, 1), ([9, 9, 65535], 65535, 1)]
+)
+def test_the_range_of_32_bits_follows_the_data(tmp_path, messages, numbers, white, num_lines):
+    """Scanners and image libraries write either depth into them."""
+    picture = Image.fromarray(np.int32([numbers]))
+    assert picture.mode == "I"
+    found = saved(tmp_path / "a.tiff", picture)
+    assert (found == np.round(np.array(numbers) * 255 / white)[None, :, None]).all()
+    assert len(messages) == num_lines
+    torch.testing.assert_close(to_pixels(picture)[1, 0], torch.tensor(numbers) / white)
+
+
+def test_16_bits_are_16_bits_in_the_dark(tmp_path):
+    dark = Image.fromarray(np.uint16([[0, 100, 255]]))
+    assert saved(tmp_path / "a.png", dark).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (np.int32([[-1, 7]]), "numbers from -1 to 7; save it with 8 or 16 bits"),
+        (np.int32([[0, 70000]]), "numbers from 0 to 70000; save"),
+        (np.float32([[0, 1]]), "floating-point numbers of unknown range"),
+        (np.float32([[0, np.nan]]), "floating-point numbers of unknown range"),
+    ],
+)
+def test_numbers_of_no_known_range_are_refused(tmp_path, numbers, message):
+    picture = Image.fromarray(numbers)
+    with pytest.raises(ValueError, match=message):
+        saved(tmp_path / "a.tiff", picture)
+    with pytest.raises(ValueError, match=message):
+        to_pixels(picture)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 1), (50, 3), (1, 50), (2, 2)])
+def test_pictures_of_few_pixels(tmp_path, size):
+    """transformers takes one or three rows for channels: an error, or other pixels."""
+    picture = Image.new("RGB", size, "red")
+    picture.putpixel((size[0] - 1, 0), (0, 0, 255))
+    picture.save(tmp_path / "a.png")
+    assert main(["show", str(tmp_path / "a.png"), "--output", str(tmp_path / "b.png")]) == 0
+    model = random_model("avg_pool:stride=4")
+    large = picture.resize((64 * size[0], 64 * size[1]), Image.Resampling.NEAREST)
+    assert (model.pixels(picture) - model.pixels(large)).abs().mean() < 0.4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])

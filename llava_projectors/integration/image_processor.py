@@ -116,14 +116,13 @@ def to_pixels(image: Any) -> torch.Tensor:
     """A picture -> float32 [3, height, width] from 0 to 1; alpha is dropped, as LLaVA drops it.
 
     Raises:
-        ValueError: an array that is no picture.
+        ValueError: an array that is no picture, or a picture whose numbers have no known range.
         OSError: a truncated file, from PIL.
     """
     highest = 255.0
-    if isinstance(image, Image.Image) and image.mode.startswith("I"):
-        # 16 bits of grey, which PIL's conversion to RGB would clip to white.
-        highest = 65535.0
-        array = np.asarray(image.convert("I"))[..., None].repeat(3, -1)
+    if isinstance(image, Image.Image) and has_deep_grey(image):
+        grey, highest = deep_grey(image)
+        array = grey[..., None].repeat(3, -1)
     elif isinstance(image, Image.Image):
         array = np.array(image.convert("RGB"))
     else:
@@ -134,3 +133,25 @@ def to_pixels(image: Any) -> torch.Tensor:
                 f"{list(array.shape)}"
             )
     return torch.from_numpy(array).permute(2, 0, 1).float().div(highest).contiguous()
+
+
+def has_deep_grey(image: Image.Image) -> bool:
+    """Whether a picture holds grey of more than 8 bits, which PIL's conversion to RGB would clip to white."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def deep_grey(image: Image.Image) -> tuple[Any, float]:
+    """Grey of 16 bits, or 32 bits of integers -> its numbers [height, width], and the number that is white.
+
+    White is 65535 in 16 bits. Files of 32 bits hold either depth, so white follows their largest number.
+
+    Raises:
+        ValueError: the numbers have no known range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    grey = np.asarray(image.convert("I"))
+    lowest, highest = int(grey.min()), int(grey.max())
+    if lowest < 0 or highest > 65535:
+        raise ValueError(f"its pixels are numbers from {lowest} to {highest}; save it with 8 or 16 bits")
+    return grey, 255.0 if image.mode == "I" and highest <= 255 else 65535.0

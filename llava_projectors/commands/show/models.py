@@ -44,14 +44,21 @@ class Model:
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         """What the tower gets of a picture, as LLaVA prepares it: [3, side, side], or a canvas of tiles."""
         if self.config is None or isinstance(self.processor, SlicingProcessor):
-            return self.processor.preprocess(picture, return_tensors="pt")["pixel_values"][0]
+            return self.processor.preprocess(tall_enough(picture), return_tensors="pt")["pixel_values"][0]
         from llava.mm_utils import process_images
 
-        pixels = process_images([picture], self.processor, self.config)[0]
+        pixels = process_images([tall_enough(picture)], self.processor, self.config)[0]
         if pixels.ndim == 4:
             log("image_aspect_ratio anyres: drawn on the overview of the whole picture, the first of its tiles")
             return pixels[0]
         return pixels
+
+
+def tall_enough(picture: Image.Image) -> Image.Image:
+    """A picture of one or three rows, each row and column repeated: transformers takes these heights for channels."""
+    if picture.height not in (1, 3):
+        return picture
+    return picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
 
 
 def random_model(type_string: str, patch_num: Optional[int] = None, width: int = 64, hidden_size: int = 16) -> Model:

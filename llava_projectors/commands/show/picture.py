@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava_projectors.integration.image_processor import deep_grey, has_deep_grey
 from llava_projectors.integration.log import log
 
 
@@ -26,12 +27,11 @@ def read_picture(path: Path) -> Image.Image:
             opened.load()
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-    if opened.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
-    if opened.mode.startswith("I"):
-        log(f"{path}: 16 bits of grey, scaled to 8 here; LLaVA's own scripts clip them, so it sees mostly white")
-        grey = np.asarray(opened.convert("I")).clip(0, 65535) / 257
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if has_deep_grey(opened):
+        grey, white = deep_grey(opened)
+        if white > 255:
+            log(f"{path}: 16 bits of grey, scaled to 8 here; LLaVA's own scripts clip them, so it sees mostly white")
+        return Image.fromarray((grey * (255 / white)).round().astype(np.uint8)).convert("RGB")
     if opened.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in opened.info:
         opened = opened.convert("RGBA")
         if opened.getextrema()[3] != (255, 255):
