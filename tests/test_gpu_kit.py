@@ -108,6 +108,14 @@ def test_every_test_for_a_gpu_is_in_a_step():
     assert all((ROOT / name).exists() for name in named)
 
 
+def test_the_document_has_every_step_and_its_deadline():
+    text = (ROOT / "docs" / "cuda.md").read_text()
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4]
+    assert [(name.strip("|` "), seconds) for name, seconds in rows][: len(run.STEPS)] == [
+        (step.name, str(step.seconds)) for step in run.STEPS
+    ]
+
+
 def test_few_files_come_back():
     """Those that steps name, and what the script itself writes."""
     named = {word for step in run.STEPS for argument in step.command for word in argument.split() if "{out}/" in word}

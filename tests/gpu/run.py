@@ -288,11 +288,14 @@ def summarise(run: Run) -> None:
     csv = run.out / "speed.csv"
     if csv.exists():
         command = [run.python, "-m", "benchmarks.speed", "--only", "report", "--csv", str(csv)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        seconds = SUMMARY_SECONDS * run.patience
+        try:
             report = subprocess.run(
-                command, cwd=ROOT, env=run.environment(), capture_output=True, text=True, timeout=SUMMARY_SECONDS
+                command, cwd=ROOT, env=run.environment(), capture_output=True, text=True, timeout=seconds
             )
             lines += [report.stdout, report.stderr]
+        except subprocess.TimeoutExpired:
+            lines.append(f"no tables within {seconds:.0f} s; later: python {' '.join(command[1:])}")
     lines += [
         f"{name:16} {result['status']:10} {result['seconds']:6} s  {result['last']}"
         for name, result in run.results.items()
@@ -339,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         python = options.python or install(options.kit.resolve(), work / "env")
         print(f"installed after {time.monotonic() - started:.0f} s", flush=True)
-        end = started + 60 * options.minutes - SUMMARY_SECONDS
+        end = started + 60 * options.minutes - SUMMARY_SECONDS * options.patience
         run = Run(python, options.device, options.out.resolve(), work, end, options.patience)
         before = signal.signal(signal.SIGTERM, lambda *_: run.give_up())
         run_all(run, options.steps or in_order(STEPS, run.results), options.jobs)
