@@ -4,6 +4,7 @@ Each test makes a virtual environment of its own, without torch: an interpreter 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_start_up_file_arms_and_uninstall_removes_it(installed):
     installed.pip("uninstall", "-q", "-y", "llava-projectors")
     assert installed.installed_names() == set()
     assert installed.run("-c", SHOW_ARMED) == "False"
+
+
+def test_a_folder_on_the_path_is_armed_as_the_documents_say(tmp_path, wheel):
+    """Python reads start-up files from site-packages only: the line of docs/troubleshooting.md names the folder."""
+    environment, folder = Environment(tmp_path / "venv"), tmp_path / "folder"
+    environment.pip("install", "-q", "--no-deps", "--target", str(folder), str(wheel))
+    assert environment.run("-c", SHOW_ARMED, PYTHONPATH=str(folder)) == "False"
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    (command,) = re.findall(r"^echo .+ > .+\.pth\"$", text, re.MULTILINE)
+    command = command.replace("/the/folder", str(folder)).replace("python ", f"{environment.python} ")
+    subprocess.run(["sh", "-c", command], check=True)
+    assert environment.run("-c", SHOW_ARMED) == "True"
 
 
 def test_switched_off(installed):

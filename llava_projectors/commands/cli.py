@@ -38,7 +38,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
         return status
     except ImportError as error:
-        print(f"{chosen} cannot run: {type(error).__name__}: {error}\n{_remedy(chosen, error)}", file=sys.stderr)
+        print(f"{chosen} cannot run: {error}; {_remedy(chosen, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{chosen}: interrupted", file=sys.stderr)
@@ -75,6 +75,8 @@ def _import_torch() -> None:
     """Every command needs it, and a broken one raises errors of many kinds."""
     try:
         import torch  # noqa: F401
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         raise ImportError(f"torch cannot be imported: {type(error).__name__}: {error}", name="torch") from error
 
@@ -88,17 +90,21 @@ def _remedy(command: str, error: ImportError) -> str:
             "`pip install --no-deps llava-torch==1.2.2.post1`; `make demo` in a checkout of this package does all of it"
         )
     pip = f"{sys.executable} -m pip install"
-    if missing == "torch":
-        return f"remedy: {pip} --force-reinstall torch"
     if missing and isinstance(error, ModuleNotFoundError):
         return f"remedy: {pip} '{_requirement(command, DISTRIBUTIONS.get(missing, missing))}'"
+    if missing == "torch":
+        return f"remedy: {pip} --force-reinstall torch"
     return "remedy: `llava-projectors doctor` says which versions are installed and which were tested"
 
 
 def _requirement(command: str, distribution: str) -> str:
     """The distribution with the versions that the command's extra asks for, as `pip install` takes it."""
     _, extra, _ = COMMANDS[command]
-    for line in importlib.metadata.requires("llava-projectors") or ():
+    try:
+        requirements = importlib.metadata.requires("llava-projectors") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        requirements = []
+    for line in requirements:
         requirement, _, condition = line.partition(";")
         if re.split(r"[^\w.-]", requirement)[0] == distribution and f'"{extra}"' in condition.replace("'", '"'):
             return requirement.strip()

@@ -11,7 +11,8 @@ from typing import Any
 
 # Stands in an exported config where transformers looks up the activation of its own projector, so that its
 # classes fail, and say why, rather than answer from a projector with random weights.
-NOT_STOCK = "a projector of llava-projectors: load with trust_remote_code=True, or pip install llava-projectors"
+OURS = "a projector of llava-projectors"
+NOT_STOCK = f"{OURS}: load with trust_remote_code=True, or install llava-projectors here, from its checkout or wheel"
 METHODS = ("from_pretrained", "_from_config")
 # By name; identity tells ours from what somebody else put over it.
 _wrappers: dict[str, Any] = {}
@@ -52,7 +53,8 @@ def _giving_way(owner: Any, name: str) -> Any:
             # Looked up at each call: other packages replace it too, after us.
             return getattr(super(owner, cls), name)(*args, **kwargs)
         except KeyError as error:
-            if NOT_STOCK not in error.args or not _is_installed:
+            # Not the whole sentence, which other versions have written otherwise.
+            if not _is_installed or not any(str(argument).startswith(OURS) for argument in error.args):
                 raise
             classes = _exported_classes()
             if cls.__name__ not in classes:

@@ -107,7 +107,7 @@ def test_stock_classes_fail_and_say_why(folder):
     from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
     for cls in (LlavaForConditionalGeneration, AutoModelForImageTextToText):
-        with pytest.raises(KeyError, match=r"trust_remote_code=True, or pip install llava-projectors"):
+        with pytest.raises(KeyError, match=r"trust_remote_code=True, or install llava-projectors"):
             cls.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -70,7 +70,7 @@ def test_taken_out_it_fails_and_says_why():
 
     hook.uninstall(modeling_llava)
     try:
-        with pytest.raises(KeyError, match=r"trust_remote_code=True, or pip install llava-projectors"):
+        with pytest.raises(KeyError, match=r"trust_remote_code=True, or install llava-projectors"):
             modeling_llava.LlavaForConditionalGeneration.from_pretrained(FOLDER)
     finally:
         hook.install(modeling_llava)
