@@ -28,6 +28,11 @@ FORKS ?= ../forks
 NEXT := .venv-next
 NEXT_STAMP := $(NEXT)/.installed
 NEXT_PACKAGES := llavaction==0.0.1 transformers==4.41.2 tokenizers==0.19.1
+# For check-next: a checkout of LLaVA-NeXT, what it needs and lmms-eval, which runs on it.
+LLAVA_NEXT ?= ../LLaVA-NeXT
+CHECK_NEXT := .venv-check-next
+CHECK_NEXT_PACKAGES := transformers==4.41.2 datasets==2.16.1 'pyarrow<20' 'pandas<3' 'opencv-python-headless<4.12' tyro rich \
+	av decord 'filelock<4' loguru sacrebleu evaluate tenacity pytablewriter
 SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # The tests of a file run in one process, because they share what its fixtures made. tests/conftest.py has the order.
@@ -35,7 +40,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
-.PHONY: cuda-kit check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
+.PHONY: check-next cuda-kit check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -91,13 +96,24 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt build_backend/build_with_pth.
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compile.log || true
 	touch $@
 
-# Everything but these few packages comes from .venv, which stands behind them on the path.
-$(NEXT_STAMP): $(STAMP)
-	rm -rf $(NEXT)
-	$(PYTHON) -m venv --without-pip $(NEXT)
-	$(PIP) --python $(NEXT)/bin/python install -q --no-compile --no-deps $(NEXT_PACKAGES)
-	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$($(NEXT)/bin/python $(SITE_PACKAGES))/venv.pth
+# Everything but a few packages comes from .venv, which stands behind them on the path.
+$(NEXT_STAMP) $(CHECK_NEXT)/.installed: $(STAMP)
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > $$($(@D)/bin/python $(SITE_PACKAGES))/venv.pth
+	$(PIP) --python $(@D)/bin/python install -q --no-compile $(PACKAGES)
 	touch $@
+
+$(NEXT_STAMP): PACKAGES = --no-deps $(NEXT_PACKAGES)
+$(CHECK_NEXT)/.installed: PACKAGES = -c tests/next/constraints.txt $(CHECK_NEXT_PACKAGES)
+
+check-next: export HF_HUB_OFFLINE = 1
+check-next: export LLAVA_NEXT_PACKAGE = llava
+check-next: export PYTHONPATH = $(abspath $(LLAVA_NEXT))
+check-next: $(CHECK_NEXT)/.installed
+	$(PIP) --python $(CHECK_NEXT)/bin/python install -q --no-deps lmms-eval==0.7.3
+	git -C $(LLAVA_NEXT) log -1 --format='LLaVA-NeXT %h of %cs' || true
+	$(CHECK_NEXT)/bin/python -m pytest tests/next tests/next/check_llava_next.py
 
 $(EXPORT_RUN): $(STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new
@@ -132,4 +148,4 @@ check-vllm: $(EXPORT_RUN)
 	cd tests/export && EXPORTED=$(EXPORTED) PLUGIN=$(CURDIR)/$(ENV)/plugin $(CURDIR)/$(ENV)/bin/python $(CHECK) check_vllm.py
 
 clean:
-	rm -rf $(VENV) $(NEXT) .forks .cuda-kit $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) $(CHECK_NEXT) .forks .cuda-kit $(wildcard .venv-transformers-* .venv-export-* .venv-vllm) runs build dist *.egg-info

@@ -94,6 +94,13 @@ class VideoReader:
 # Models and data
 
 
+def prepare_process():
+    """What every process that runs the package's code on these parts needs."""
+    shrink_siglip()
+    let_it_take_pictures()
+    torch.cuda.synchronize = lambda *_: None  # the script calls it before it saves
+
+
 def make_siglip(cache):
     """A SigLIP vision checkpoint with random weights, where the hub's client looks for it."""
     encoder = module("model.multimodal_encoder.siglip_encoder")
@@ -176,6 +183,20 @@ def video(frames):
     return np.stack([np.asarray(picture(160, 120, seed)) for seed in range(frames)])
 
 
+def write_video(folder):
+    """Eight frames, two a second; returns the file's name."""
+    if PACKAGE == "llavaction":
+        np.save(folder / "video.npy", video(8))
+        return "video.npy"
+    import cv2
+
+    writer = cv2.VideoWriter(str(folder / "video.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, (160, 120))
+    for frame in video(8):
+        writer.write(frame)
+    writer.release()
+    return "video.mp4"
+
+
 def sample(number, answer, images=0, **media):
     prompt = "<image>\n" * images + f"What is in number {number}?"
     return {
@@ -190,12 +211,12 @@ def make_mixture(folder):
     folder.mkdir(parents=True)
     picture(*SQUARE).save(folder / "square.png")
     picture(*WIDE, 1).save(folder / "wide.png")
-    np.save(folder / "video.npy", video(8))
+    name = write_video(folder)
     samples = [
         sample(0, "squares", 1, image="square.png"),
         sample(1, "a wide one", 1, image="wide.png"),
         sample(2, "two of them", 2, image=["square.png", "wide.png"]),
-        sample(3, "they move", 1, video="video.npy", dataset_name="."),
+        sample(3, "they move", 1, video=name, dataset_name="."),
         sample(4, "nothing but text"),
     ]
     path = folder / "mixture.json"
