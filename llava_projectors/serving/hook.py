@@ -45,7 +45,7 @@ def uninstall(module: ModuleType) -> None:
 
 
 def _giving_way(owner: Any, name: str) -> Any:
-    """The class method; where an exported config stops it, and only there, the class with our projector takes over."""
+    """The class method in front. It calls the inherited one; if that stops at an exported config, our class loads."""
 
     @functools.wraps(getattr(owner, name).__func__)
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
