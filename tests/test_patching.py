@@ -418,7 +418,7 @@ def test_a_fork_without_a_seam_fails_when_a_projector_is_asked_for(tmp_path):
     [
         # what a half-removed installation looks like, and a table that does not fit what it finds
         "import sys; sys.modules['llava_projectors.integration'] = None",
-        "from llava_projectors.integration import seams; seams._owners = None",
+        "from llava_projectors.integration import seams; seams.SEAMS = None",
     ],
 )
 def test_an_error_while_patching_leaves_llava_importable(breakage):

@@ -37,31 +37,24 @@ class Seam:
     Attributes:
         role: what the attribute does there.
         names: what it is called, as a function or a method.
-        of_class: whether a class defines it.
+        places: finds it in a module: the module, or a class of it, and the attribute.
         settings: the call's arguments, by name and in the order of the original's signature -> what
             the gate looks at.
         replacement: what runs instead for our types: it gets the original, the package, and the
             call's own arguments.
-        on_error: called instead of letting the original's ValueError through, for types that are
-            not ours.
+        otherwise: what runs for other types, with the original, the package, what the gate looked at, and
+            the call's own arguments; None for the original itself.
         required: whether our types cannot work without it. The others are safeguards, which a
             program that never imports their module does without.
-        beside: methods of which the class has to define one, so that a name as common as `__init__` is not taken
-            from another class; all of which it has to have, where it may inherit the attribute.
-        inherited: the end of the name of a class that may inherit the attribute, and gets one of its own in front.
-        spares_own: what such a class defines itself is left alone.
     """
 
     role: str
     names: tuple[str, ...]
-    of_class: bool
+    places: Callable[[tuple[str, ...], ModuleType], Iterator[tuple[Owner, str]]]
     settings: Callable[[Arguments], tuple[Any, ...]]
     replacement: Callable[..., Any]
-    on_error: Optional[Callable[[ValueError, Package, Any], ValueError]] = None
+    otherwise: Optional[Callable[..., Any]] = None
     required: bool = True
-    beside: frozenset[str] = seam_names.SEAM_METHODS
-    inherited: str = ""
-    spares_own: bool = False
 
     def __str__(self) -> str:
         return self.role
@@ -71,90 +64,115 @@ def _argument(place: int) -> Callable[[Arguments], tuple[Any, ...]]:
     return lambda arguments: tuple(arguments.values())[place : place + 1]
 
 
+def _functions(names: tuple[str, ...], module: ModuleType) -> Iterator[tuple[Owner, str]]:
+    """Functions that the module itself defines."""
+    for name in names:
+        value = vars(module).get(name)
+        if callable(value) and getattr(value, "__module__", None) == module.__name__:
+            yield module, name
+
+
+def _methods(
+    names: tuple[str, ...], module: ModuleType, known_by: frozenset[str] = seam_names.SEAM_METHODS
+) -> Iterator[tuple[Owner, str]]:
+    """Methods that a class of the module defines itself, beside one of those by which LLaVA's classes are known."""
+    for cls in _classes(module):
+        if not known_by.isdisjoint(vars(cls)):
+            yield from ((cls, name) for name in names if vars(cls).get(name))
+
+
+def _constructors(names: tuple[str, ...], module: ModuleType) -> Iterator[tuple[Owner, str]]:
+    """As `_methods`, of the classes that build tower and projector: every class has a constructor."""
+    return _methods(names, module, seam_names.INITIALIZERS)
+
+
+def _inherited_loaders(names: tuple[str, ...], module: ModuleType) -> Iterator[tuple[Owner, str]]:
+    """Methods that a model's class inherits from transformers; one of its own, in front, is left alone."""
+    for cls in _classes(module):
+        for name in names if cls.__name__.endswith(seam_names.SEAM_CLASS_ENDING) else ():
+            own = vars(cls).get(name)
+            if hasattr(cls, name) and (own is None or _is_wrapper(own)):
+                yield cls, name
+
+
+def _trainers(names: tuple[str, ...], module: ModuleType) -> Iterator[tuple[Owner, str]]:
+    """Methods of a Trainer's class, its own or inherited."""
+    for cls in _classes(module):
+        is_trainer = all(hasattr(cls, name) for name in seam_names.TRAINER_METHODS)
+        if is_trainer and cls.__name__.endswith(seam_names.TRAINER_CLASS_ENDING):
+            yield from ((cls, name) for name in names)
+
+
+def _classes(module: ModuleType) -> list[type]:
+    return [v for v in list(vars(module).values()) if isinstance(v, type) and v.__module__ == module.__name__]
+
+
 SEAMS = (
-    Seam("tower builder", seam_names.TOWER_BUILDERS, False, _argument(0), wrappers.build_tower),
+    Seam("tower builder", seam_names.TOWER_BUILDERS, _functions, _argument(0), wrappers.build_tower),
     Seam(
         "projector builder",
         seam_names.PROJECTOR_BUILDERS,
-        False,
+        _functions,
         _argument(0),
         wrappers.build_projector,
-        on_error=wrappers.explain_unknown_type,
+        otherwise=wrappers.build_other_projector,
     ),
-    Seam(
-        "model constructor",
-        ("__init__",),
-        True,
-        _argument(1),
-        wrappers.construct_model,
-        beside=seam_names.INITIALIZERS,
-    ),
+    Seam("model constructor", ("__init__",), _constructors, _argument(1), wrappers.construct_model),
     Seam(
         "vision initializer",
         (seam_names.VISION_INITIALIZER,),
-        True,
+        _methods,
         wrappers.settings_of_training,
         wrappers.initialize_vision_modules,
     ),
     Seam(
         "further initializers",
         seam_names.FURTHER_INITIALIZERS,
-        True,
+        _methods,
         wrappers.settings_of_model_in_use,
         wrappers.initialize_other_readers,
         required=False,
     ),
-    # transformers defines it, one of its own on LLaVA's class comes before it: the loading report, which
-    # says what a checkpoint lacked, is to be had nowhere else.
+    # The loading report, which says what a checkpoint lacked, is to be had nowhere else.
     Seam(
         "checkpoint loader",
         ("from_pretrained",),
-        True,
+        _inherited_loaders,
         wrappers.settings_of_checkpoint,
         wrappers.load_checkpoint,
         required=False,
-        beside=frozenset(),
-        inherited=seam_names.SEAM_CLASS_ENDING,
-        spares_own=True,
     ),
     Seam(
         "model loader",
         seam_names.MODEL_LOADERS,
-        False,
+        _functions,
         wrappers.settings_of_model,
         wrappers.load_model,
         required=False,
     ),
-    # transformers defines them for the Trainer of every script.
     Seam(
         "training loop",
         (seam_names.TRAINING_LOOP,),
-        True,
+        _trainers,
         trainer.settings_of_trainer,
         trainer.train,
         required=False,
-        beside=seam_names.TRAINER_METHODS,
-        inherited=seam_names.TRAINER_CLASS_ENDING,
     ),
     Seam(
         "checkpoint writer",
         (seam_names.CHECKPOINT_WRITER,),
-        True,
+        _trainers,
         trainer.settings_of_trainer,
         trainer.save_model,
         required=False,
-        beside=seam_names.TRAINER_METHODS,
-        inherited=seam_names.TRAINER_CLASS_ENDING,
     ),
     Seam(
         "best checkpoint",
         (seam_names.BEST_CHECKPOINT,),
-        True,
+        _trainers,
         trainer.settings_of_trainer,
         trainer.load_best_model,
         required=False,
-        beside=seam_names.TRAINER_METHODS,
-        inherited=seam_names.TRAINER_CLASS_ENDING,
     ),
     # The three of `image_aspect_ratio slice`. The first is the only place of LLaVA's script that knows
     # the setting and the tokenizer; the second joins the pictures of a batch, which tiles of other
@@ -162,7 +180,7 @@ SEAMS = (
     Seam(
         "tokenizer initializer",
         ("initialize_vision_tokenizer",),
-        True,
+        _methods,
         wrappers.settings_of_model_in_use,
         high_resolution.initialize_vision_tokenizer,
         required=False,
@@ -170,7 +188,7 @@ SEAMS = (
     Seam(
         "inputs preparer",
         (seam_names.INPUTS_PREPARER,),
-        True,
+        _methods,
         wrappers.settings_of_model_in_use,
         high_resolution.prepare_inputs,
         required=False,
@@ -178,7 +196,7 @@ SEAMS = (
     Seam(
         "image encoder",
         ("encode_images",),
-        True,
+        _methods,
         wrappers.settings_of_model_in_use,
         high_resolution.encode_images,
         required=False,
@@ -220,29 +238,6 @@ _lock = threading.RLock()  # nothing may be imported under it
 
 def _package(name: str) -> Package:
     return _packages.setdefault(name, Package(name, functools.partial(check_patched, name)))
-
-
-def _owners(seam: Seam, module: ModuleType) -> Iterator[tuple[Owner, str]]:
-    """Where the module itself defines the seam: the module, or a class of it, and the attribute."""
-    if not seam.of_class:
-        for name in seam.names:
-            value = vars(module).get(name)
-            if callable(value) and getattr(value, "__module__", None) == module.__name__:
-                yield module, name
-        return
-    for name, value in list(vars(module).items()):
-        if not isinstance(value, type) or value.__module__ != module.__name__:
-            continue
-        if seam.inherited:
-            is_meant = name.endswith(seam.inherited) and all(hasattr(value, method) for method in seam.beside)
-        else:
-            is_meant = not seam.beside.isdisjoint(vars(value))
-        for attribute in seam.names if is_meant else ():
-            defined = vars(value).get(attribute)
-            if (seam.inherited and defined is None) or seam.spares_own:
-                defined = hasattr(value, attribute) and (defined is None or _is_wrapper(defined))
-            if defined:
-                yield value, attribute
 
 
 def _is_wrapper(value: Any) -> bool:
@@ -313,12 +308,9 @@ def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any)
                     break
                 args = (*args, kwargs.pop(parameter.name))
             return seam.replacement(function, package, *args, **kwargs)
-        if seam.on_error is None:
-            return function(*args, **kwargs)
-        try:
-            return function(*args, **kwargs)
-        except ValueError as error:
-            raise seam.on_error(error, package, *settings) from error.__cause__
+        if seam.otherwise is not None:
+            return seam.otherwise(function, package, settings, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return classmethod(gated) if is_class_method else gated
 
@@ -327,7 +319,7 @@ def patch_module(package: str, module: ModuleType) -> None:
     """Patch the seams in one module that has been executed."""
     with _lock:
         for seam in SEAMS:
-            for owner, name in _owners(seam, module):
+            for owner, name in seam.places(seam.names, module):
                 original = inspect.getattr_static(owner, name)
                 if _is_in_place(owner, name, original):
                     continue
@@ -372,7 +364,7 @@ def unpatch(package: str) -> None:
                     delattr(p.owner, p.name)
                 else:
                     setattr(p.owner, p.name, p.original)
-            if not p.seam.of_class:
+            if isinstance(p.owner, ModuleType):
                 _replace_copies(p.name, p.wrapper, p.original)
             _patches.remove(p)
         _packages.pop(package, None)
@@ -391,7 +383,7 @@ def report(package: str) -> list[SeamReport]:
 
 
 def _report_seam(package: str, seam: Seam, modules: list[ModuleType]) -> SeamReport:
-    owners = [found for module in modules for found in _owners(seam, module)]
+    owners = [found for module in modules for found in seam.places(seam.names, module)]
     # A wrapper of somebody else's may hide one of ours.
     hidden = [(p.owner, p.name) for p in _patches if p.package == package and p.seam is seam]
     owners += [found for found in hidden if found not in owners]
@@ -413,9 +405,9 @@ def wrong_signatures(package: str) -> list[str]:
     wrong = []
     for seam in (seam for seam in SEAMS if seam.required):
         for module in _modules(package):
-            for owner, name in _owners(seam, module):
+            for owner, name in seam.places(seam.names, module):
                 parameters = [*inspect.signature(inspect.getattr_static(owner, name)).parameters.values()]
-                taken = parameters[int(seam.of_class) :][:1]
+                taken = parameters[int(isinstance(owner, type)) :][:1]
                 if not any(p.kind is p.VAR_POSITIONAL or any(n in p.name for n in _CONFIG_NAMES) for p in taken):
                     shown = ", ".join(p.name for p in parameters)
                     wrong.append(f"{_describe(owner)}.{name} takes ({shown})")

@@ -18,7 +18,8 @@ from torch import nn
 
 from llava_projectors import files, registry
 from llava_projectors.integration import high_resolution, layout, record, weights
-from llava_projectors.integration.gate import Package, is_our_type
+from llava_projectors.integration.builders import is_asking
+from llava_projectors.integration.gate import TYPE_SETTING, Package, is_our_type
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
     MultiLayerTower,
@@ -49,14 +50,19 @@ def build_projector(original: Function, package: Package, config: Any, *args: An
     return projector
 
 
-def explain_unknown_type(error: ValueError, package: Package, config: Any) -> ValueError:
-    """LLaVA's own refusal of a type, with what there is and what may have been meant; any other error as it is."""
-    if "unknown projector" not in str(error).lower():
-        return error
-    type_string = getattr(config, "mm_projector_type", None)
-    if registry.is_registered(type_string):
-        return ProjectorSpecError(f"{error}. {package.left(type_string)}")
-    return registry.unknown_type(type_string)
+def build_other_projector(
+    original: Function, package: Package, settings: tuple[Any, ...], *args: Any, **kwargs: Any
+) -> Any:
+    """The package's own builder, whose refusal of a type is explained: what there is and what may have been meant."""
+    try:
+        return original(*args, **kwargs)
+    except ValueError as error:
+        if is_asking() or "unknown projector" not in str(error).lower():
+            raise
+        type_string = getattr(settings[0], TYPE_SETTING, None)
+        if registry.is_registered(type_string):
+            raise ProjectorSpecError(f"{error}. {package.left(type_string)}") from error.__cause__
+        raise registry.unknown_type(type_string) from error.__cause__
 
 
 def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kwargs: Any) -> Any:
