@@ -65,6 +65,18 @@ def unmerged(folder, base):
     return PeftModel.from_pretrained(model, folder).eval()
 
 
+def round_to_half(model):
+    """As LLaVA's loader does with all weights before the merge, but for LoRA's, and `save_pretrained` after it.
+
+    A comparison without these roundings has no bound: TokenPacker's last norm may amplify one of a token that is
+    almost zero.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "vision_tower" not in name:
+            parameter.data = parameter.data.half().float()
+    return model
+
+
 def picture():
     return torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
 
@@ -94,6 +106,7 @@ def test_round_trip(lora_runs, tmp_path, projector_type, road):
     expected = logits(by_hand)
     assert expected.shape[1] == 4 + 36
     torch.testing.assert_close(logits(by_hand.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    rounded = round_to_half(round_to_half(unmerged(folder, base)).merge_and_unload())
 
     # What LLaVA's merge_lora_weights.py does: load, save as a full checkpoint.
     model.save_pretrained(tmp_path / "llava-merged")
@@ -101,8 +114,7 @@ def test_round_trip(lora_runs, tmp_path, projector_type, road):
 
     merged = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "llava-merged", torch_dtype=torch.float32)
     merged.get_vision_tower().load_model()
-    # It went through half precision, whose rounding single logits may show tenfold.
-    assert (logits(merged) - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(logits(merged), logits(rounded))
 
 
 @pytest.mark.parametrize("projector_type", OURS)
