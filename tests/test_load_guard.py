@@ -164,7 +164,7 @@ def test_a_download_is_looked_up_as_the_caller_says(checkpoint, tmp_path):
         LlavaLlamaForCausalLM.from_pretrained("someone/llava-edited", cache_dir=tmp_path / "hub", revision="epoch-2")
 
 
-def test_a_model_without_projector_weights_does_not_answer(checkpoint):
+def test_a_model_without_projector_weights_neither_answers_nor_is_saved(checkpoint, tmp_path):
     """`from_pretrained` alone cannot know whether an adapter follows; the first forward can."""
     from llava.model import LlavaLlamaForCausalLM
 
@@ -174,9 +174,14 @@ def test_a_model_without_projector_weights_does_not_answer(checkpoint):
     projector = model.get_model().mm_projector
     with pytest.raises(ProjectorWeightsError, match="'saep' has random weights, no checkpoint has provided: after"):
         projector(torch.zeros(1, 576, 64))
+    with pytest.raises(ProjectorWeightsError, match="'saep' has random weights, no checkpoint has provided: after"):
+        model.save_pretrained(tmp_path / "saved")  # where they would be taken for trained ones
+    assert not files.has_weights(tmp_path / "saved")
     good = build_projector("saep", 32, 80).state_dict()
     model.load_state_dict({f"{PREFIX}{name}": value for name, value in good.items()}, strict=False)
     assert projector(torch.zeros(1, 576, 64)).shape == (1, 144, 80)
+    model.save_pretrained(tmp_path / "saved")
+    assert weights.find_in_folder(tmp_path / "saved").shapes.keys() == good.keys()
 
 
 def by_accelerate(projector, good):
@@ -211,7 +216,7 @@ def test_weights_may_come_by_any_way(tiny, trained, provide):
             projector(features)
     good = build_projector("saep", 32, 80).state_dict()
     half = {name: value for name, value in good.items() if name.startswith(("aggregate", "readout"))}
-    by_data(projector, {**projector.state_dict(), **half})
+    by_data(projector, {**dict(projector.named_parameters()), **half})
     assert weights.awaited_weights(projector) == good.keys() - half.keys()
     with pytest.raises(ProjectorWeightsError, match="has random weights, no checkpoint has provided: "):
         projector(features)
@@ -365,6 +370,28 @@ def test_saving_and_loading_twice_over(checkpoint, tmp_path):
     third = LlavaLlamaForCausalLM.from_pretrained(tmp_path / "twice")
     for (name, a), b in zip(first.state_dict().items(), third.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+def test_llavas_scripts_on_checkpoints(checkpoint, tiny, trained, tmp_path):
+    """`consolidate` passes the projector on; deltas know LLaVA's first one alone, and say so before they write."""
+    from llava.model.apply_delta import apply_delta
+    from llava.model.consolidate import consolidate_ckpt
+    from llava.model.make_delta import make_delta
+
+    folder = checkpoint("saep")
+    consolidate_ckpt(str(folder), str(tmp_path / "consolidated"))
+    saved = load_file(folder / "model.safetensors")
+    found = load_file(tmp_path / "consolidated" / "model.safetensors")
+    for name in (name for name in saved if name.startswith(PREFIX)):
+        assert torch.equal(found[name], saved[name].half()), name
+    for script in (
+        lambda: make_delta(str(tiny.llm), str(folder), str(tmp_path / "delta"), None),
+        lambda: apply_delta(str(tiny.llm), str(tmp_path / "target"), str(folder)),
+    ):
+        with pytest.raises(AssertionError, match="mm_projector.* not in base model"):
+            script()
+    assert not (tmp_path / "delta").exists()
+    assert not (tmp_path / "target").exists()
 
 
 def test_the_error_is_public():

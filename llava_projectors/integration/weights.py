@@ -234,9 +234,11 @@ def check_adapter(projector: Projector, type_string: str, path: str) -> None:
 
 
 def await_weights(projector: Projector) -> None:
-    """Refuse its forward until every parameter has got its numbers, by whatever way."""
+    """Refuse to compute with it and to save it until every parameter has got its numbers, by whatever way."""
     setattr(projector, _AWAITED, {name: _sample(value) for name, value in projector.named_parameters()})
     projector.register_forward_pre_hook(_refuse_without_weights)
+    # Saved, it would look like a trained one.
+    projector._register_state_dict_hook(_refuse_without_weights)  # type: ignore[no-untyped-call]
 
 
 def awaited_weights(projector: Projector) -> frozenset[str]:
@@ -378,7 +380,7 @@ def _explain_source(projector: Projector, source: str) -> str:
     return f". {likely_cause(projector, found.shapes, found.keys)}"
 
 
-def _refuse_without_weights(module: Projector, _: Any) -> None:
+def _refuse_without_weights(module: Projector, *_: Any) -> None:
     if not getattr(module, _AWAITED, None):
         return
     missing = awaited_weights(module)
