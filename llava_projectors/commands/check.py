@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Optional
 
 from llava_projectors import files, registry
+from llava_projectors.commands.tower import builder_of
 from llava_projectors.integration import weights
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors.base import Projector
@@ -69,6 +70,7 @@ def check(
             f"tower: {tower}, {side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, "
             f"hidden states {format_value(layers)}"
         )
+        lines.append(f"tower's builder: {builder_of(str(tower), vision.model_type)}")
     else:
         lines.append("not checked: layers and patch grid, for want of a vision tower")
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)

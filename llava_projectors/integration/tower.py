@@ -25,6 +25,7 @@ from torch import nn
 
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.image_processor import set_slicing
+from llava_projectors.integration.tower_weights import refuse_random_weights, watched
 from llava_projectors.integration.truncated_encoder import can_keep, keeping
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.recompute import is_compiling
@@ -148,9 +149,15 @@ class MultiLayerTower(ReducedTower):
             return self.tower_forward(self, images, *args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """LLaVA's own; what it loads is prepared for the forward."""
-        super().load_model(*args, **kwargs)
+        """LLaVA's own; what it loads is prepared for the forward.
+
+        Raises:
+            ProjectorWeightsError: weights that the features pass through are missing.
+        """
+        with watched() as reports:
+            super().load_model(*args, **kwargs)
         self.prepare()
+        refuse_random_weights(self, reports)
 
     def prepare(self) -> None:
         """Let the vision model that has been loaded keep the hidden states of `forward`."""

@@ -30,6 +30,7 @@ from llava_projectors.integration.tower import (
     layers_of,
     see_real_grid,
 )
+from llava_projectors.integration.tower_weights import refuse_random_weights, watched
 from llava_projectors.projectors.base import Projector
 from llava_projectors.seam_names import TOWER_BUILDERS
 from llava_projectors.spec import ProjectorSpecError
@@ -76,11 +77,14 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
         if load_now and not seen.is_loaded:
             seen.load_model()
         return seen
-    try:
-        tower = original(cfg, *args, delay_load=True, **kwargs)
-    except Exception:  # some forks' towers are not prepared to wait; a real error comes again
-        tower = original(cfg, *args, **kwargs)
+    with watched() as reports:  # some load their weights at once
+        try:
+            tower = original(cfg, *args, delay_load=True, **kwargs)
+        except Exception:  # some forks' towers are not prepared to wait; a real error comes again
+            tower = original(cfg, *args, **kwargs)
     convert_tower(tower, resolved, cfg)
+    if isinstance(tower, MultiLayerTower):
+        refuse_random_weights(tower, reports)
     if load_now and not getattr(tower, "is_loaded", True):
         tower.load_model()
     return tower
