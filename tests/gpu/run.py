@@ -138,16 +138,17 @@ class Run:
             (self.out / "steps.json").write_text(json.dumps(self.results, indent=1) + "\n")
             print(f"{name}: {status} after {seconds:.0f} s: {last}", flush=True)
 
-    def environment(self) -> dict[str, str]:
-        """Of every step: nothing is written at home, nothing fetched, no package that needs jax or TensorFlow."""
+    def environment(self, name: str) -> dict[str, str]:
+        """Of a step: nothing is written at home, nothing fetched, no package that needs jax or TensorFlow."""
         home = self.work / "home"
         home.mkdir(exist_ok=True)
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         return {
             **kept,
             "HOME": str(home),
             "HF_HOME": str(home / "huggingface"),
             "TRITON_CACHE_DIR": str(home / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.work / f"{name}-inductor"),  # a compiler that is killed spoils it
             "XDG_CACHE_HOME": str(home / "cache"),
             "PATH": os.pathsep.join([str(Path(self.python).parent), os.environ.get("PATH", "")]),
             "USE_FLAX": "0",
@@ -177,7 +178,7 @@ class Run:
             return
         started = time.monotonic()
         self.log.write(step.name, f"$ {' '.join(self.command(step)[1:])}")
-        child = start(self.command(step), self.environment())
+        child = start(self.command(step), self.environment(step.name))
         self.running.add(child)
         reader = threading.Thread(target=self.copy_output, args=(step.name, child), daemon=True)
         reader.start()
@@ -291,7 +292,7 @@ def summarise(run: Run) -> None:
         seconds = SUMMARY_SECONDS * run.patience
         try:
             report = subprocess.run(
-                command, cwd=ROOT, env=run.environment(), capture_output=True, text=True, timeout=seconds
+                command, cwd=ROOT, env=run.environment("report"), capture_output=True, text=True, timeout=seconds
             )
             lines += [report.stdout, report.stderr]
         except subprocess.TimeoutExpired:
