@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -18,9 +19,11 @@ from benchmarks.speed import flops
 from benchmarks.speed import report as speed_report
 from benchmarks.speed.candidates import Subject
 from benchmarks.table import read_rows
-from llava_projectors import build_projector
+from llava_projectors import build_projector, slicing
 from llava_projectors.commands.cli import COMMANDS, main
 from llava_projectors.commands.doctor import TESTED
+from llava_projectors.integration.tower import resolve_layers
+from llava_projectors.registry import resolve
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = "".join((ROOT / "benchmarks" / name).read_text() for name in ("README.md", "speed/README.md"))
@@ -91,6 +94,46 @@ def test_one_range_of_versions_is_tested():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_the_readmes_table_is_what_was_measured():
+    names = ("saep:stride=2", "tokenpacker:scale_factor=2", "saep:stride=3")
+    text = (ROOT / "README.md").read_text()
+    for line, measure in (
+        ("| training step (stage 2) | 1 |", "training step, stage 2"),
+        ("| reading picture and question (prefill) | 1 |", "prefill"),
+    ):
+        first, *others = (f"{speed_up('model', measure, name)[0]:.1f}" for name in names)
+        assert f"{line} {first} times as fast | {' | '.join(others)} |" in text
+    peaks = {r["type"]: float(r["peak_mib"]) for r in SPEED if r["measure"] == "training step, stage 2"}
+    shares = [f"{peaks[name] / peaks['mlp2x_gelu']:.0%}".replace("%", " %") for name in names]
+    assert f"| its peak memory | 100 % | {' | '.join(shares)} |" in text
+    # These rows of the other document are held against the study's own CSV, tests/test_spatial.py.
+    rows = [row.split(" | ") for row in BENCHMARKS.splitlines() if row.startswith("| `")]
+    answers = {row[0].strip("| `"): row[2] for row in rows if len(row) > 5 and row[2].endswith("%")}
+    shown = [answers[name] for name in ("mlp2x_gelu", "saep", "tokenpacker", "saep:stride=3")]
+    assert f"| right answers (small study, same shares of tokens) | {' | '.join(shown)} |" in text
+
+
+def test_the_line_to_expect_of_a_released_checkpoint_is_what_is_printed():
+    """Its config says `tokenpacker` and a scale factor; the towers and projectors are CLIP-L's and Vicuna-7B's."""
+    text = (ROOT / "docs" / "examples.md").read_text()
+    resolved = resolve("tokenpacker", SimpleNamespace(scale_factor=2))
+    layers = "+".join(map(str, resolve_layers(resolved, 24, -2)))
+    after = resolved.output_side(24)
+    assert (
+        f"llava_projectors: tokenpacker: 576 -> {after**2} visual tokens per image (24x24 -> {after}x{after}), hidden "
+        f"states {layers}, {millions('tokenpacker'):.2f}M parameters\n"
+    ) in text
+    fewest, most = slicing.visual_tokens((1, 1), after**2), slicing.visual_tokens((3, 3), after**2)
+    assert f"a thumbnail: {fewest} to {most} visual tokens with the separators\n" in text
+
+
+def test_the_page_of_an_index_leads_to_no_file():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    page = ROOT / setup["metadata"]["long_description"].removeprefix("file: ")
+    assert not re.search(r"\]\((?!http)", page.read_text())
 
 
 def test_the_mathematics_counts_saeps_operations():
@@ -236,7 +279,8 @@ def test_what_recomputation_costs_is_what_was_measured():
     ],
 )
 def test_the_documents_count_parameters_right(type_string, row):
-    for document in ("README.md", "docs/types.md"):
+    shown = ["README.md"] if type_string.startswith(("saep", "tokenpacker")) else []
+    for document in ("docs/types.md", *shown):
         lines = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(row)]
         assert any(f"{millions(type_string):.2f} M" in line for line in lines), document
 
