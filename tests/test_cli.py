@@ -114,6 +114,10 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
         ),
         (["saep", "--model-path", str(listed)], "cannot read .*listed/config.json"),
         ([], "nothing to check: give a TYPE, or --model-path"),
+        (
+            ["saep", "--adapter", "nothing/mm_projector.bin"],
+            "cannot check: there is no file nothing/mm_projector.bin\n",
+        ),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments
 

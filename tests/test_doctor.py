@@ -305,6 +305,15 @@ def test_a_crash_of_the_trial_is_no_verdict(fork):
     assert (found.verdict, found.reason) == ("not checked", "its process ended with status 3: no output")
 
 
+def test_the_remedy_of_a_hook_that_is_not_armed_names_what_is_there(tmp_path):
+    checkout = Path(__file__).parents[1]
+    assert doctor._how_to_arm(checkout, "/site").endswith(f"-m pip install {checkout}`")
+    assert "install it with pip, from its checkout or wheel" in doctor._how_to_arm(tmp_path, "/site")
+    (tmp_path / "llava_projectors.pth").touch()
+    line = f"`import site; site.addsitedir({str(tmp_path)!r})` into a file /site/llava_projectors_folder.pth"
+    assert line in doctor._how_to_arm(tmp_path, "/site")
+
+
 def test_broken_torch_is_reported(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so is missing')")
     command = [sys.executable, "-m", "llava_projectors", "doctor"]

@@ -16,7 +16,8 @@ from llava_projectors.spec import ProjectorSpecError, format_value
 
 DESCRIPTION = (
     "Reads configs and the headers of weights only, so it takes seconds. "
-    "Exit status 0: all fits; 1: not, with the reason."
+    "Exit status 0: nothing that was checked is wrong, and what was not checked is named; 1: something does not fit or "
+    "cannot be read, with the reason."
 )
 # Options are checked with these sizes where nothing gives others.
 CLIP_CHANNELS, VICUNA_WIDTH = 1024, 4096
@@ -50,7 +51,7 @@ def check(
         >>> for line in check("saep:stride=3"):
         ...     print(line)
         type: saep:stride=3
-        not checked: layers and patch grid, for want of a vision tower
+        not checked: layers and patch grid, for want of a vision tower (--vision-tower)
     """
     config = SimpleNamespace() if model_path is None else SimpleNamespace(**files.read_config(model_path))
     type_string = type_string or getattr(config, "mm_projector_type", None)
@@ -72,7 +73,7 @@ def check(
         )
         lines.append(f"tower's builder: {builder_of(str(tower), vision.model_type)}")
     else:
-        lines.append("not checked: layers and patch grid, for want of a vision tower")
+        lines.append("not checked: layers and patch grid, for want of a vision tower (--vision-tower)")
     channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
     width = getattr(config, "hidden_size", None)
     _build(resolved, channels or CLIP_CHANNELS, width or VICUNA_WIDTH)  # its options are checked where it is built
@@ -149,6 +150,9 @@ def run(arguments: argparse.Namespace) -> int:
             adapter=arguments.adapter,
             select_layer=arguments.select_layer,
         )
+    except FileNotFoundError as error:
+        print(f"cannot check: there is no file {error.filename}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"does not fit: {error}", file=sys.stderr)
         return 1

@@ -14,9 +14,11 @@ import logging
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from llava_projectors import autoload
@@ -115,7 +117,7 @@ def diagnose(
     elif not armed:
         problems.append(
             "a fresh interpreter is not armed, the start-up file llava_projectors.pth is not in its site-packages: "
-            f"run `{sys.executable} -m pip install llava-projectors`"
+            + _how_to_arm(Path(autoload.__file__).parents[1], sysconfig.get_path("purelib"))
         )
     versions = {name: _version(name) for name in LIBRARIES}
     untested = untested_versions({**versions, "python": "{}.{}".format(*sys.version_info)})
@@ -141,6 +143,16 @@ def untested_versions(versions: Mapping[str, Optional[str]]) -> list[str]:
 def _minor(version: str) -> tuple[int, int]:
     major, minor = version.split("+")[0].split(".")[:2]
     return int(major), int(minor)
+
+
+def _how_to_arm(folder: Path, site_packages: str) -> str:
+    """What helps an installation in this folder: a checkout, what `pip install --target` wrote, or a copy."""
+    if (folder / "setup.cfg").exists():
+        return f"run `{sys.executable} -m pip install {folder}`"
+    if (folder / "llava_projectors.pth").exists():
+        line = f"import site; site.addsitedir({str(folder)!r})"
+        return f"write the line `{line}` into a file {os.path.join(site_packages, 'llava_projectors_folder.pth')}"
+    return f"{folder} holds a copy of the package: install it with pip, from its checkout or wheel"
 
 
 def _starts_armed() -> bool:

@@ -431,7 +431,7 @@ def _check_room(folder: Path, outputs: Sequence[Output], dtype: torch.dtype) -> 
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ExportError(
-            f"the export takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free: "
+            f"the export takes {needed / 1e6:.1f} MB and {folder.parent} has {free / 1e6:.1f} MB free: "
             "make room, or name a folder on another disk"
         )
 

@@ -533,7 +533,7 @@ def test_an_existing_output_is_left_alone(checkpoint, tmp_path, capsys):
 
 def test_no_space_left(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    refused(checkpoint(), tmp_path, r"takes 0.0 GB and .*outputs has 0.0 GB free: make room")
+    refused(checkpoint(), tmp_path, r"takes \d+\.\d MB and .*outputs has 0.0 MB free: make room")
 
 
 def test_a_disk_that_fills_up_while_writing(checkpoint, tmp_path):
