@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Optional
+from unittest import mock
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from benchmarks.speed.candidates import NAIVE, PUBLISHED, REDUCING, STOCK, TRITO
 from benchmarks.speed.models import NUM_PATCHES_PER_SIDE
 from benchmarks.speed.naive import NaiveTokenPacker, PublishedTokenPacker
 from llava_projectors import registry
-from llava_projectors.projectors import kernels
+from llava_projectors.projectors import tokenpacker
 
 TOKENPACKERS = REDUCING[3:]
 SCALED = subjects(STOCK, "saep:stride=2", "tokenpacker:scale_factor=3")  # of the suites that vary the load
@@ -419,7 +419,7 @@ def training_group(
 
 
 class _WithKernels(nn.Module):
-    """A projector whose forward has the fused kernels switched on; they choose its backward too."""
+    """TokenPacker with the fused kernel in the place of its region attention, in its backward pass too."""
 
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()
@@ -427,12 +427,10 @@ class _WithKernels(nn.Module):
         self.num_levels = projector.num_levels
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        before = os.environ.get(kernels.VARIABLE, "0")
-        os.environ[kernels.VARIABLE] = "1"
-        try:
+        from benchmarks.speed.region_attention import FusedAttend  # imports Triton
+
+        with mock.patch.object(tokenpacker, "_attend", FusedAttend.apply):
             return self.projector(features)
-        finally:
-            os.environ[kernels.VARIABLE] = before
 
 
 def make_projector(subject: Subject, mm_hidden_size: int, hidden_size: int) -> nn.Module:

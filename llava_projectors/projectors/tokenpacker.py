@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_projectors.projectors import kernels
 from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.grid import pad_grid, region_mask, to_regions
 from llava_projectors.projectors.layers import TwoLayerMLP, by_rows, head_count
@@ -140,9 +139,7 @@ class RegionAttention(nn.Module):
         # Autocast has chosen the dtype of q; it would not reach the backward pass of what follows.
         key, value = key.to(q.dtype), value.to(q.dtype)
         k_weight, v_weight = k_weight.to(q.dtype), v_weight.to(q.dtype)
-        attend = _fused() if kernels.are_wanted(q) else _attend
-        patches = region_patches(key, stride)
-        out, _ = attend(q, key, value, k_weight, v_weight, patches, stride)
+        out, _ = _attend(q, key, value, k_weight, v_weight, region_patches(key, stride), stride)
         return self.out_proj(out.flatten(1) + v_bias).view(query.shape)
 
     def scaled_queries(self, query: torch.Tensor) -> torch.Tensor:
@@ -199,13 +196,6 @@ def _region_softmax(scores: torch.Tensor, patches: Optional[torch.Tensor]) -> to
     if patches is not None:
         scores = scores.unflatten(0, (-1, len(patches))).masked_fill(~patches, float("-inf")).flatten(0, 1)
     return scores.softmax(-1)
-
-
-def _fused() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """`_attend` in one kernel."""
-    from llava_projectors.projectors.kernels.region_attention import FusedAttend  # imports Triton
-
-    return FusedAttend.apply
 
 
 def _score(q: torch.Tensor, key: torch.Tensor, k_weight: torch.Tensor, stride: int) -> torch.Tensor:

@@ -185,7 +185,7 @@ def _file_name(module: str) -> str:
 
 
 def _file_stem(module: str) -> str:
-    """`llava_projectors.projectors.kernels.region_attention` -> `kernels_region_attention`."""
+    """`llava_projectors.projectors.tokenpacker` -> `tokenpacker`."""
     if module == MODELING:
         return "modeling_llava_projectors"
     if module.split(".")[0] != ROOT:
