@@ -15,7 +15,7 @@ DEVICE ?= cpu
 
 # For check-export and check-vllm: environments of their own, with the oldest and the newest transformers that
 # exported folders are loaded with, and vLLM on a CPU. EXPORTED is made by LLaVA's environment.
-EXPORT_TRANSFORMERS ?= 4.57.6 5.23.0
+EXPORT_TRANSFORMERS ?= 4.57.6 5.24.0
 VLLM ?= 0.32.0
 EXPORT_RUN := runs/export
 EXPORTED := $(CURDIR)/$(EXPORT_RUN)/exported
@@ -117,6 +117,7 @@ check-next: $(CHECK_NEXT)/.installed
 
 $(EXPORT_RUN): $(STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new
+	$(BIN)/python tests/export/families.py $@.new
 	rm -rf $@
 	mv $@.new $@
 

@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
-    from typing import Any
 
     from llava_projectors.integration.seams import SeamReport
 
 DISABLE_VARIABLE = "LLAVA_PROJECTORS_DISABLE"
 PACKAGES_VARIABLE = "LLAVA_PROJECTORS_PACKAGES"
-# Its classes load what `llava-projectors export` wrote; see `serving.hook`.
-TRANSFORMERS_LLAVA = "transformers.models.llava.modeling_llava"
+# Their classes load what `llava-projectors export` wrote; see `serving.hook`.
+TRANSFORMERS_LLAVA = ("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava")
 
 
 class SeamFinder:
@@ -51,7 +50,7 @@ class SeamFinder:
     ) -> ModuleSpec | None:
         """The spec that another finder has, with a patching loader, for modules of the packages; else None."""
         prefixes = self._prefixes
-        if not prefixes or not (fullname.startswith(prefixes) or fullname == TRANSFORMERS_LLAVA):
+        if not prefixes or not (fullname.startswith(prefixes) or fullname in TRANSFORMERS_LLAVA):
             return None
         package = next((prefix[:-1] for prefix in prefixes if fullname.startswith(prefix)), "transformers")
         for finder in sys.meta_path:
@@ -91,7 +90,7 @@ def _patch_after_execution(spec: ModuleSpec, package: str) -> None:
     def exec_module(module: ModuleType) -> None:
         execute(module)
         try:
-            if module.__name__ == TRANSFORMERS_LLAVA:
+            if module.__name__ in TRANSFORMERS_LLAVA:
                 from llava_projectors.serving import hook
 
                 hook.install(module)
@@ -143,9 +142,8 @@ def arm_from_environment() -> None:
 
 
 def _hook_transformers() -> None:
-    """Hook into transformers' LLaVA, if it is imported, as long as any package is armed."""
-    module: Any = sys.modules.get(TRANSFORMERS_LLAVA)
-    if hasattr(module, "LlavaPreTrainedModel"):  # else it is being imported
+    """Hook into what is imported of transformers' LLaVA, as long as any package is armed."""
+    for module in [sys.modules[name] for name in TRANSFORMERS_LLAVA if name in sys.modules]:
         from llava_projectors.serving import hook
 
         (hook.install if armed_packages() else hook.uninstall)(module)

@@ -17,8 +17,10 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -216,10 +218,13 @@ def _load_bin(path: Path, device: str) -> dict[str, torch.Tensor]:
     """What `torch.save` wrote, mapped; on the device `meta`, without its numbers."""
     import torch
 
-    try:
-        found = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except (RuntimeError, TypeError):  # torch 2.0, or a file in the format before torch 1.6
-        found = torch.load(path, map_location=device, weights_only=True)
+    if zipfile.is_zipfile(path):
+        try:
+            found = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        except TypeError:  # torch 2.0
+            found = torch.load(path, map_location=device, weights_only=True)
+    else:
+        found = _load_old_bin(path, device, path.stat().st_mtime_ns)
     others = [found] if not isinstance(found, Mapping) else found.values()
     kind = next((type(value).__name__ for value in others if not isinstance(value, torch.Tensor)), None)
     if kind is not None:
@@ -229,6 +234,14 @@ def _load_bin(path: Path, device: str) -> dict[str, torch.Tensor]:
             "non_lora_trainables.bin or pytorch_model.bin that LLaVA's training writes"
         )
     return dict(found)
+
+
+@lru_cache(maxsize=1)
+def _load_old_bin(path: Path, device: str, changed: int) -> Any:
+    """What `torch.save` wrote before torch 1.6, which can only be read whole: once, and not for each tensor."""
+    import torch
+
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _explained(path: Path, read: Any) -> Any:

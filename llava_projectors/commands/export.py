@@ -7,12 +7,14 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Optional
 
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.folders import left_behind
+from llava_projectors.export.start import start
+from llava_projectors.export.templates import TEMPLATES
 from llava_projectors.export.tensors import Output
-from llava_projectors.export.verify import LOOSE, TOLERANCE, verify
+from llava_projectors.export.verify import verify
 
 DESCRIPTION = (
     "Reads a LLaVA checkpoint with one of our projectors tensor by tensor, whole, projector-only or LoRA (merged), and "
@@ -20,33 +22,50 @@ DESCRIPTION = (
 )
 
 
-def export(
-    checkpoint: str,
-    output: Path,
-    base: Optional[str],
-    dtype: Optional[str],
-    conversation: Optional[str],
-    with_verification: bool,
-    python: Optional[str],
-) -> int:
+def export(arguments: argparse.Namespace) -> int:
     """Export, say what was written, verify if asked to; returns the exit status.
 
     Raises:
         ValueError: the checkpoint cannot be exported, or the folder cannot be compared; says why.
     """
-    if with_verification and importlib.util.find_spec("llava") is None:
-        raise ExportError("--verify compares with LLaVA, which is not installed here: export in LLaVA's environment")
-    done = export_checkpoint(checkpoint, output, base, dtype, conversation, progress_bar)
-    before = done.patches_per_side**2
+    with_verification = arguments.verify or arguments.verify_python is not None
+    if with_verification and not _can_import(arguments.package):
+        raise ExportError(
+            f"--verify compares with LLaVA, and {arguments.package} is not installed here: export in the environment "
+            "that trained, or pass --package"
+        )
+    for folder in left_behind(arguments.output):
+        print(f"{folder} is of an export that was killed, or that still runs: if none does, remove it", file=sys.stderr)
+    if arguments.new_projector:
+        start(arguments.checkpoint, arguments.output, arguments.new_projector, progress=progress_bar)
+        print(f"{arguments.new_projector}: a new projector, to be trained in {arguments.output}")
+        return 0
+    checkpoint, output, base = arguments.checkpoint, arguments.output, arguments.model_base
+    done = export_checkpoint(
+        checkpoint,
+        output,
+        base,
+        arguments.dtype,
+        arguments.conv_mode,
+        progress_bar,
+        vision_tower=arguments.vision_tower,
+        chat_template=arguments.chat_template,
+    )
+    before = done.tower.patch_side**2
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
     print(f"Its README.md says how to load and serve it, with transformers and vLLM: {output / 'README.md'}")
     if not with_verification:
         return 0
-    largest = verify(output, checkpoint, base, python)
-    # LLaVA's loader makes every weight float16.
-    tolerance = TOLERANCE if done.dtype == "float16" and base is None else LOOSE
-    print("equal" if largest <= tolerance else f"NOT equal: more than {tolerance:.0e}")
-    return 0 if largest <= tolerance else 1
+    differences = verify(output, checkpoint, base, arguments.verify_python, arguments.package)
+    print("NOT equal: " + "; ".join(differences) if differences else "equal")
+    return 1 if differences else 0
+
+
+def _can_import(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
 
 
 def progress_bar(outputs: Sequence[Output]) -> Iterable[Output]:
@@ -62,36 +81,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of the LLaVA checkpoint")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make; must not exist")
+    parser.add_argument(
+        "--new-projector",
+        metavar="TYPE",
+        help="CHECKPOINT is one of transformers' LLaVA (llava-hf/llava-1.5-7b-hf): give it a new projector, to be "
+        "trained there",
+    )
+    parser.add_argument("--vision-tower", help="where its vision tower is now (default: mm_vision_tower)")
     parser.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="of the weights (default: as they are stored)"
     )
-    parser.add_argument(
+    conversation = parser.add_mutually_exclusive_group()
+    conversation.add_argument(
         "--conv-mode",
-        choices=["vicuna_v1", "llava_v1", "mistral_instruct"],
-        help="conversation of the chat template (default: vicuna_v1, which --version v1 trains; for Mistral "
-        "mistral_instruct)",
+        choices=list(TEMPLATES),
+        help="conversation of the chat template (default: vicuna_v1, which --version v1 trains; by LLM and tokenizer "
+        "mistral_instruct, qwen_1_5 or llava_llama_3)",
     )
+    conversation.add_argument("--chat-template", type=Path, metavar="FILE", help="another, in Jinja")
     parser.add_argument("--verify", action="store_true", help="compare with LLaVA's own answers; needs LLaVA")
     parser.add_argument(
         "--verify-python",
         metavar="PYTHON",
         help="interpreter with current transformers to compare in (default: this stack, from the folder's weights)",
     )
+    parser.add_argument("--package", default="llava", help="what LLaVA, or the fork, is imported as (default: llava)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; status 1 with the reason when it cannot be, or is not what LLaVA says."""
     try:
-        return export(
-            arguments.checkpoint,
-            arguments.output,
-            arguments.model_base,
-            arguments.dtype,
-            arguments.conv_mode,
-            arguments.verify or arguments.verify_python is not None,
-            arguments.verify_python,
-        )
+        return export(arguments)
     except ValueError as error:
         print(f"cannot export {arguments.checkpoint}: {error}", file=sys.stderr)
         return 1

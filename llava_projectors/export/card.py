@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional
+
+from llava_projectors.serving.layout import OneTile
 
 CARD = """\
 ---
@@ -15,7 +19,7 @@ tags: [llava, llava-projectors]
 # {name}
 
 LLaVA with the projector `{type_string}` of llava-projectors: \
-{tokens} visual tokens per picture instead of {patches}.
+{tokens} visual tokens per {unit} instead of {patches}.
 
 | | |
 |---|---|
@@ -34,9 +38,11 @@ The code in this folder is under the MIT licence |
 transformers 4.57 or newer{needs}:
 
 ```python
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("{name}", use_fast=False)
+image = Image.open("picture.jpg")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code={trust})
 model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code={trust})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -60,6 +66,12 @@ TRAVELS_NOT = """
 The code of this projector does not travel: {reason}. Install llava-projectors and the package that \
 registers `{type_string}` wherever this folder is loaded.
 """
+
+
+def public_name(source: str) -> str:
+    """A hub name as it is, of a folder the last part: the card is published, and where it lay is nobody's business."""
+    is_folder = os.path.isabs(source) or os.path.isdir(source) or source.startswith((".", "~"))
+    return Path(source).absolute().name if is_folder else source
 
 
 def model_card(
@@ -87,11 +99,12 @@ def model_card(
     return CARD.format(
         name=name,
         type_string=config["mm_projector_type"],
-        tokens=config["image_seq_length"],
+        tokens=config["image_layout"]["token_side"] ** 2,
+        unit="picture" if config["image_layout"]["kind"] == OneTile.kind else "tile",
         patches=(vision["image_size"] // vision["patch_size"]) ** 2,
-        source=source,
-        base=f" on `{base}`" if base else "",
-        origin=base or source,
+        source=public_name(source),
+        base=f" on `{public_name(base)}`" if base else "",
+        origin=public_name(base or source),
         options=", ".join(f"`{key}={value}`" for key, value in options.items()),
         layers=", ".join(map(str, config["vision_feature_layer"])),
         depth=vision["num_hidden_layers"],

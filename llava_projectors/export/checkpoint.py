@@ -6,7 +6,7 @@ Nothing is loaded: a `Weight` knows its shape and reads itself, LoRA merged, whe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -18,7 +18,7 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.files import StoredTensor, stored_tensors
 
 # Buffers that old versions of transformers saved.
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$|^model\.image_newline$")
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Checkpoint:
         source: its folder.
         config: of its `config.json`.
         weights: name -> weight, named as in a full LLaVA checkpoint.
-        tokenizer: the folder that LLaVA's loader takes the tokenizer from.
+        llm: the folder that LLaVA's loader takes the LLM and its tokenizer from.
     """
 
     source: Path
     config: dict[str, Any]
     weights: Mapping[str, Weight]
-    tokenizer: Path
+    llm: Path
 
 
 def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
@@ -80,14 +80,20 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
         ProjectorSpecError: a config cannot be read.
         ProjectorWeightsError: a file of weights is missing or cut off.
     """
-    config = files.read_config(source)
     adapters = [name for name in ("mm_projector.bin", "adapter_config.json") if (source / name).is_file()]
+    _refuse_half_adapter(source, adapters)
+    config = files.read_config(source)
     has_own = files.has_weights(source)
     if has_own and base is not None:
         raise ExportError(f"{source} is a full checkpoint: leave --model-base {base} out")
     if not has_own and base is None and adapters:
         raise ExportError(
             f"{source} holds {adapters[0]} and no LLM: pass --model-base with the model that it was trained on"
+        )
+    if not has_own and base is None and (source / "zero_to_fp32.py").is_file():
+        raise ExportError(
+            f"{source} holds the parts that DeepSpeed resumes from, and no weights: run `python zero_to_fp32.py . "
+            "pytorch_model.bin` in it first"
         )
     tensors = dict(files.checkpoint_tensors(source if base is None else base))
     deltas: dict[str, LoraDelta] = {}
@@ -101,6 +107,16 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
             raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
     weights = {name: Weight(stored, deltas.get(name)) for name, stored in tensors.items() if not IGNORED.search(name)}
     return Checkpoint(source, config, weights, source if base is None else base)
+
+
+def _refuse_half_adapter(source: Path, adapters: Collection[str]) -> None:
+    """Raise for what peft saves within a LoRA run: the adapter, without the projector."""
+    if "adapter_config.json" in adapters and not (source / "non_lora_trainables.bin").is_file():
+        raise ExportError(
+            f"{source} has a LoRA adapter and no non_lora_trainables.bin, in which the projector is. The checkpoint-N "
+            "folders of a run lack it; LLaVA's script writes it when the run has ended, into the folder above: export "
+            "that one"
+        )
 
 
 def _plain_names(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

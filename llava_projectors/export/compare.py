@@ -19,13 +19,10 @@ import torch
 
 
 def save_cases(cases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a reference: pictures as uint8 [H, W, 3], so that it can be read without unpickling any class."""
+    """Write a reference: pictures as uint8 [H, W, C], so that it can be read without unpickling any class."""
     import numpy
 
-    saved = [
-        {**case, "images": [torch.from_numpy(numpy.array(image.convert("RGB"))) for image in case["images"]]}
-        for case in cases
-    ]
+    saved = [{**case, "images": [torch.from_numpy(numpy.array(image)) for image in case["images"]]} for case in cases]
     torch.save({"cases": saved}, path)
 
 
@@ -44,7 +41,9 @@ def load(folder: str, trust_remote_code: bool = True) -> tuple[Any, Any]:
     model = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=trust_remote_code, dtype=torch.float32, local_files_only=True
     )
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+    return model.eval(), AutoProcessor.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
 
 
 def inputs_of(processor: Any, case: dict[str, Any]) -> Any:
@@ -65,18 +64,41 @@ def compare(model: Any, processor: Any, case: dict[str, Any]) -> dict[str, Any]:
     """Logits, pixels, token ids and the answer against one case of the reference."""
     inputs = inputs_of(processor, case).to(model.device)
     logits = model(**inputs).logits[0, :, : case["logits"].shape[-1]].cpu()
-    same_length = logits.shape == case["logits"].shape
     output = model.generate(**inputs, do_sample=False, max_new_tokens=case["max_new_tokens"])
-    answer = output[0, inputs["input_ids"].shape[1] :]
+    answer = output[0, inputs["input_ids"].shape[1] :].tolist()
     text = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
     image_id = model.config.image_token_id
     ids = [token for token in inputs["input_ids"][0].tolist() if token != image_id]
+    return result(case, logits, inputs["pixel_values"].cpu(), ids, answer, text)
+
+
+def result(
+    case: dict[str, Any],
+    logits: torch.Tensor,
+    pixels: torch.Tensor,
+    ids: list[int],
+    answer: list[int],
+    text: str,
+) -> dict[str, Any]:
+    """How what was found differs from one case of the reference.
+
+    Args:
+        case: of the reference.
+        logits: found, [positions, tokens that LLaVA knows].
+        pixels: likewise, [tiles, 3, side, side].
+        ids: of the prompt, without pictures.
+        answer: ids of the answer.
+        text: of the answer.
+    """
+    same_length = logits.shape == case["logits"].shape
+    same_tiles = pixels.shape == case["pixel_values"].shape
     return {
+        "positions": len(logits) - len(case["logits"]),
         "logits": largest_difference(logits, case["logits"]),
         "same_argmax": same_length and bool((logits.argmax(-1) == case["logits"].argmax(-1)).all()),
-        "pixels": float((inputs["pixel_values"].cpu() - case["pixel_values"]).abs().max()),
+        "pixels": float((pixels - case["pixel_values"]).abs().max()) if same_tiles else math.inf,
         "same_ids": ids == [token for token in case["input_ids"] if token >= 0],
-        "same_answer": answer.tolist() == case["answer_ids"],
+        "same_answer": answer == case["answer_ids"],
         "same_text": text == case["text"],
         "text": text,
     }

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from llava_projectors.export.errors import ExportError
+
 _TEXT = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
     "{% for part in content %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
@@ -25,6 +32,31 @@ _VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
 )
 
+
+def _chatml(system: str) -> str:
+    start, end = "<|im_start|>", "<|im_end|>\n"
+    return (
+        _TEXT + start + "system\n"
+        "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) }}{% else %}"
+        + system
+        + "{% endif %}"
+        + end
+        + "{% for message in messages %}{% if message['role'] != 'system' %}"
+        + start
+        + "{{ message['role'] }}\n{{ text(message['content']) }}"
+        + end
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        + start
+        + "assistant\n{% endif %}"
+    )
+
+
+_LLAMA_3_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
+
 TEMPLATES = {
     "vicuna_v1": _two_roles(_VICUNA.format(person="user")),
     "llava_v1": _two_roles(_VICUNA.format(person="human")),
@@ -35,7 +67,69 @@ TEMPLATES = {
         "{% elif message['role'] == 'assistant' %} {{ text(message['content']) }} </s>{% endif %}"
         "{% endfor %}"
     ),
+    "qwen_1_5": _chatml("You are a helpful assistant."),
+    "qwen_2_5": _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "llava_llama_3": _TEXT
+    + "<|begin_of_text|>"
+    + _LLAMA_3_ROLE.format("system")
+    + "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) | trim }}{% else %}"
+    + _LLAMA_3_SYSTEM
+    + "{% endif %}<|eot_id|>{% for message in messages %}{% if message['role'] != 'system' %}"
+    + _LLAMA_3_ROLE.format("{{ message['role'] }}")
+    + "{{ text(message['content']) | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}"
+    + _LLAMA_3_ROLE.format("assistant")
+    + "{% endif %}",
 }
+# The conversation that a kind of LLM is trained in by LLaVA's or LLaVA-NeXT's recipe, by the token that answers end
+# in; the first whose token the tokenizer has.
+USUAL = {
+    "llama": (("</s>", "vicuna_v1"), ("<|eot_id|>", "llava_llama_3")),
+    "mistral": (("</s>", "mistral_instruct"),),
+    "qwen2": (("<|im_end|>", "qwen_1_5"),),
+}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a chat becomes a prompt.
+
+    Attributes:
+        name: of LLaVA's conversation, or of the file.
+        jinja: the template.
+    """
+
+    name: str
+    jinja: str
+
+
+def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optional[Path], source: Path) -> ChatTemplate:
+    """The chat template of an export.
+
+    Args:
+        llm: its kind.
+        tokens: of its tokenizer.
+        name: in `TEMPLATES`, where the user gave one.
+        file: in Jinja, likewise.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ExportError: the file cannot be read, or nothing says which conversation it is.
+    """
+    if file is not None:
+        try:
+            return ChatTemplate(file.name, file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExportError(f"--chat-template {file} cannot be read: {error}") from error
+    usual = next((found for end, found in USUAL.get(llm, ()) if end in tokens), None)
+    chosen = name or usual
+    if chosen is None:
+        ends = ", ".join(repr(end) for end, _ in USUAL.get(llm, ())) or "token"
+        raise ExportError(
+            f"{source} has a {llm} LLM and a tokenizer without a {ends} by which its conversation would be known: pass "
+            f"--conv-mode with the one that it was trained in ({', '.join(TEMPLATES)}), or --chat-template with a file"
+        )
+    return ChatTemplate(chosen, TEMPLATES[chosen])
 
 
 def with_start_token(template: str) -> str:

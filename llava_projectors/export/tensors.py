@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from llava_projectors.export.errors import ExportError
 from llava_projectors.files import DTYPES
 
 _NAMES = {f"torch.{kind}": name for name, kind in DTYPES.items()}
@@ -60,6 +61,9 @@ def write_checkpoint(
 
     Returns:
         Bytes of all tensors.
+
+    Raises:
+        ExportError: a tensor holds NaN or infinity, or would in this dtype.
     """
     shards: list[list[Output]] = []
     room = 0
@@ -95,7 +99,17 @@ def _write_shard(path: Path, shard: Sequence[Output], dtype: torch.dtype, output
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, output in zip(shard, outputs):
-            tensor = output.make().to(dtype).contiguous()
+            made = output.make()
+            tensor = made.to(dtype).contiguous()
+            if not tensor.isfinite().all():
+                raise ExportError(_why_not_finite(output.key, made, dtype))
             if tuple(tensor.shape) != output.shape:
                 raise AssertionError(f"{output.key} is {list(tensor.shape)}, planned was {list(output.shape)}")
             file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def _why_not_finite(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> str:
+    if not tensor.isfinite().all():
+        return f"{key} holds NaN or infinity: its training diverged; export an earlier checkpoint"
+    largest, name = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
+    return f"{key} holds {largest:.3g}, which is infinity in {name}: pass --dtype bfloat16 or float32"

@@ -9,52 +9,54 @@ and loaded as a plain `PreTrainedTokenizerFast`.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_projectors import files
 from llava_projectors.export.errors import ExportError
+from llava_projectors.files import read_json
 
 IMAGE_TOKEN = "<image>"
-END_TOKEN = "</s>"
 
 
-def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[int, int, bool]:
+@dataclass(frozen=True)
+class Exported:
+    """What the rest of an export has to know of its tokenizer.
+
+    Attributes:
+        image: the id of `<image>`.
+        count: how many ids there are.
+        tokens: all of them.
+        adds_start: whether it puts a start token in front.
+    """
+
+    image: int
+    count: int
+    tokens: Collection[str]
+    adds_start: bool
+
+
+def export_tokenizer(source: Path, target: Path) -> Exported:
     """Write the tokenizer's files, with `<image>` added.
 
     Args:
-        source: folder of LLaVA's tokenizer, with `tokenizer.model` or `tokenizer.json`.
+        source: folder of LLaVA's tokenizer, with `tokenizer.model`, `tokenizer.json` or `vocab.json`.
         target: folder to write to.
-        chat_template: in Jinja.
-
-    Returns:
-        the id of `<image>`, how many ids there are, and whether `</s>` is a token.
 
     Raises:
         ExportError: there is no tokenizer of a known format, or it has settings of which the export knows nothing.
     """
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
     settings = _read_json(source / "tokenizer_config.json")
-    if (source / "tokenizer.model").is_file():
-        for name, usual in (("add_bos_token", True), ("add_eos_token", False)):
-            if settings.get(name) not in (None, usual):
-                raise ExportError(
-                    f"{source / 'tokenizer_config.json'} has {name} {settings[name]!r}: only {usual!r} can be exported"
-                )
-        tokenizer = from_sentencepiece(source / "tokenizer.model")
-        for number, token in sorted(_added_tokens(source, settings).items()):
-            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-            if tokenizer.token_to_id(token.content) != number:
-                raise ExportError(
-                    f"{source} gives the added token {token.content!r} the id {number}, which is not free"
-                )
-    elif (source / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    else:
-        raise ExportError(
-            f"{source} has no tokenizer: neither tokenizer.model nor tokenizer.json. Copy it there from the base LLM"
-        )
+    is_rebuilt = (source / "tokenizer.model").is_file()
+    try:
+        tokenizer = _read_tokenizer(source, settings)
+    except ExportError:
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise ExportError(f"cannot read the tokenizer of {source}: {error}. Copy it there from the base LLM") from error
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(target / "tokenizer.json"))
     special = {
@@ -62,25 +64,65 @@ def export_tokenizer(source: Path, target: Path, chat_template: str) -> tuple[in
         for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", None))
     }
     special = {name: token for name, token in special.items() if token and tokenizer.token_to_id(token) is not None}
+    if "eos_token" not in special:
+        raise ExportError(f"{source / 'tokenizer_config.json'} names no eos_token that the tokenizer has")
     special.setdefault("pad_token", special.get("unk_token") or special["eos_token"])
     written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "image_token": IMAGE_TOKEN,
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-        "clean_up_tokenization_spaces": False,
-        # Llama takes no token types.
+        "clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces", not is_rebuilt),
+        # LLaVA's LLMs take no token types.
         "model_input_names": ["input_ids", "attention_mask"],
         # Left, for batches that generate.
         "padding_side": "left",
         "model_max_length": settings.get("model_max_length", 2048),
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaProjectorsProcessor",
     }
     (target / "tokenizer_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     (target / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
-    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    has_end = tokenizer.token_to_id(END_TOKEN) is not None
-    return int(tokenizer.token_to_id(IMAGE_TOKEN)), max(tokenizer.get_vocab().values()) + 1, has_end
+    vocabulary = tokenizer.get_vocab()
+    start = vocabulary.get(special.get("bos_token", ""))
+    return Exported(
+        vocabulary[IMAGE_TOKEN],
+        max(vocabulary.values()) + 1,
+        vocabulary.keys(),
+        start is not None and tokenizer.encode("a").ids[0] == start,
+    )
+
+
+def _read_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
+    """A `tokenizers.Tokenizer` that splits text as the one that LLaVA loads from a folder."""
+    from tokenizers import Tokenizer
+
+    if (source / "tokenizer.model").is_file():
+        return _rebuilt(source, settings)
+    if (source / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(source / "tokenizer.json"))
+    if (source / "vocab.json").is_file():  # as Qwen2's slow tokenizer is saved
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, local_files_only=True).backend_tokenizer
+    raise ExportError(
+        f"{source} has no tokenizer: neither tokenizer.model, tokenizer.json nor vocab.json. Copy it there from the "
+        "base LLM"
+    )
+
+
+def _rebuilt(source: Path, settings: Mapping[str, Any]) -> Any:
+    """From a sentencepiece model and the tokens added to it."""
+    for name, usual in (("add_bos_token", True), ("add_eos_token", False)):
+        if settings.get(name) not in (None, usual):
+            raise ExportError(
+                f"{source / 'tokenizer_config.json'} has {name} {settings[name]!r}: only {usual!r} can be exported"
+            )
+    tokenizer = from_sentencepiece(source / "tokenizer.model")
+    for number, token in sorted(_added_tokens(source, settings).items()):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise ExportError(f"{source} gives the added token {token.content!r} the id {number}, which is not free")
+    return tokenizer
 
 
 def spaces_differ(source: Path) -> bool:
@@ -98,6 +140,8 @@ def from_sentencepiece(path: Path) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    if "".join(model.encode("a  b", out_type=str)) != "▁a▁▁b":
+        raise ExportError(f"{path} changes spaces otherwise than Llama's tokenizer, whose rules the export knows")
     pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
     ids = {piece: number for number, piece in enumerate(pieces)}
     unknown = pieces[model.unk_id()]
@@ -134,7 +178,7 @@ def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
     return [pair for *_, pair in sorted(found, key=lambda entry: entry[0])]
 
 
-def _added_tokens(source: Path, settings: dict[str, Any]) -> dict[int, Any]:
+def _added_tokens(source: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
     """Id -> token of the tokens beyond the sentencepiece model."""
     from tokenizers import AddedToken
 
@@ -156,4 +200,4 @@ def _content(token: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return files.read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from typing import Any, Optional
 
 
-def load(source: str, base: Optional[str], name: str, device: str) -> tuple[Any, Any, Any]:
+def load(source: str, base: Optional[str], name: str, device: str, package: str = "llava") -> tuple[Any, Any, Any]:
     """Tokenizer, model and image processor of a checkpoint.
 
     LLaVA-NeXT's loader takes no device, moves its tower to CUDA unless `device_map` is `auto`, and asks for flash
@@ -18,12 +19,12 @@ def load(source: str, base: Optional[str], name: str, device: str) -> tuple[Any,
         base: its base model, if any.
         name: by which the loader chooses a class.
         device: `cpu` or `cuda`.
+        package: that LLaVA, or a fork of it, is imported as.
 
     Raises:
         ImportError: LLaVA is not installed.
     """
-    from llava.model.builder import load_pretrained_model
-
+    load_pretrained_model = importlib.import_module(f"{package}.model.builder").load_pretrained_model
     parameters = inspect.signature(load_pretrained_model).parameters
     where = {"device": device, "device_map": device} if "device" in parameters else {"device_map": "auto"}
     if "attn_implementation" in parameters:

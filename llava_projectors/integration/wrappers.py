@@ -20,6 +20,7 @@ from llava_projectors import files, registry
 from llava_projectors.integration import high_resolution, layout, record, weights
 from llava_projectors.integration.builders import is_asking
 from llava_projectors.integration.gate import TYPE_SETTING, Package, is_our_type
+from llava_projectors.integration.llm_settings import refuse_contradictions
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
     MultiLayerTower,
@@ -107,6 +108,7 @@ def initialize_vision_modules(
     original: Function, package: Package, model: Any, model_args: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """For `initialize_vision_modules(self, model_args, fsdp=None)`, which prepares a model for training."""
+    refuse_contradictions(model.config)
     trained = getattr(model, "mm_projector", None)
     if trained is not None:
         refuse_other_projector(package, model, model_args)

@@ -13,35 +13,46 @@ from typing import Any
 # classes fail, and say why, rather than answer from a projector with random weights.
 OURS = "a projector of llava-projectors"
 NOT_STOCK = f"{OURS}: load with trust_remote_code=True, or install llava-projectors here, from its checkout or wheel"
-METHODS = ("from_pretrained", "_from_config")
-# By name; identity tells ours from what somebody else put over it.
-_wrappers: dict[str, Any] = {}
+# In the configs of the two processors: where transformers finds their code.
+PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_llava_projectors.LlavaProjectorsImageProcessor",
+    "AutoProcessor": "processing_llava_projectors.LlavaProjectorsProcessor",
+}
+# Module of transformers -> the class whose subclasses, or itself, give way, and the methods that load.
+WATCHED = {
+    "transformers.models.llava.modeling_llava": ("LlavaPreTrainedModel", ("from_pretrained", "_from_config")),
+    "transformers.models.llava.processing_llava": ("LlavaProcessor", ("from_pretrained",)),
+}
+# By class and method; identity tells ours from what somebody else put over it.
+_wrappers: dict[tuple[str, str], Any] = {}
 _is_installed = False
 
 
 def install(module: ModuleType) -> None:
-    """Put a method in front of each of `METHODS`, which all LLaVA classes of `module` inherit.
+    """Put a method in front of each that loads, which all LLaVA classes of `module` inherit.
 
     Args:
-        module: `transformers.models.llava.modeling_llava`.
+        module: one of `WATCHED`; one that is only being imported is left alone.
     """
     global _is_installed
-    owner = module.LlavaPreTrainedModel
-    for name in METHODS:
-        if name not in vars(owner):
-            _wrappers[name] = _giving_way(owner, name)
-            setattr(owner, name, _wrappers[name])
     _is_installed = True
+    class_name, methods = WATCHED[module.__name__]
+    owner: Any = getattr(module, class_name, None)
+    for name in methods if owner is not None else ():
+        if name not in vars(owner):
+            _wrappers[class_name, name] = _giving_way(owner, name)
+            setattr(owner, name, _wrappers[class_name, name])
 
 
 def uninstall(module: ModuleType) -> None:
     """The classes inherit the methods of transformers again; what somebody has put over ours stays, with ours idle."""
     global _is_installed
-    owner = module.LlavaPreTrainedModel
-    for name in METHODS:
-        if name in vars(owner) and vars(owner)[name] is _wrappers.get(name):
-            delattr(owner, name)
     _is_installed = False
+    class_name, methods = WATCHED[module.__name__]
+    owner: Any = getattr(module, class_name, None)
+    for name in methods if owner is not None else ():
+        if name in vars(owner) and vars(owner)[name] is _wrappers.get((class_name, name)):
+            delattr(owner, name)
 
 
 def _giving_way(owner: Any, name: str) -> Any:
@@ -52,9 +63,9 @@ def _giving_way(owner: Any, name: str) -> Any:
         try:
             # Looked up at each call: other packages replace it too, after us.
             return getattr(super(owner, cls), name)(*args, **kwargs)
-        except KeyError as error:
+        except (KeyError, TypeError, ValueError) as error:
             # Not the whole sentence, which other versions have written otherwise.
-            if not _is_installed or not any(str(argument).startswith(OURS) for argument in error.args):
+            if not _is_installed or OURS not in str(error):
                 raise
             classes = _exported_classes()
             if cls.__name__ not in classes:
@@ -67,6 +78,7 @@ def _giving_way(owner: Any, name: str) -> Any:
 def _exported_classes() -> dict[str, Any]:
     try:
         from llava_projectors.serving.modeling import CLASSES
+        from llava_projectors.serving.processing import LlavaProjectorsProcessor
     except ImportError as error:
         import transformers
 
@@ -74,4 +86,4 @@ def _exported_classes() -> dict[str, Any]:
             f"an exported folder needs transformers 4.57 or newer, this is {transformers.__version__}; LLaVA's own "
             "scripts load the checkpoint that it was exported from"
         ) from error
-    return CLASSES
+    return {**CLASSES, "LlavaProcessor": LlavaProjectorsProcessor}

@@ -7,15 +7,21 @@ An exported folder carries this file and the projector's own, with their imports
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 
 from llava_projectors.registry import projector_class
+from llava_projectors.serving.layout import Slices, layout_of, pack_pictures
 from llava_projectors.serving.travel import write_code
+
+# What transformers does not save again.
+KEPT = ("README.md", "chat_template_vllm.jinja")
 
 
 def build_projector(config: Any) -> nn.Module:
@@ -66,6 +72,10 @@ class WholeCheckpoint:
             write_code(self.config.mm_projector_type, Path(save_directory))
         except ValueError as error:
             logging.getLogger(__name__).warning("%s carries no code of its projector: %s", save_directory, error)
+        for name in KEPT:
+            source = Path(self.config._name_or_path or "", name)
+            if source.is_file() and not (Path(save_directory) / name).exists():
+                shutil.copyfile(source, Path(save_directory) / name)
         return result
 
 
@@ -77,7 +87,38 @@ class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.layout = layout_of(config.image_layout)
+        if self.layout.newline:
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, image_sizes: Any = None, **kwargs: Any) -> Any:
+        """As in transformers: for each picture its tokens as the LLM gets them, [positions, D].
+
+        Args:
+            pixel_values: of all tiles, [T, 3, side, side].
+            args: as in transformers.
+            image_sizes: [T, 3] of the image processor, where the layout depends on the picture.
+            kwargs: as in transformers.
+        """
+        parent: Any = super()
+        found = parent.get_image_features(pixel_values, *args, **kwargs)
+        has_outputs = hasattr(found, "pooler_output")  # transformers 5
+        tokens = found.pooler_output if has_outputs else found
+        packed = pack_pictures(self.layout, tokens, image_sizes, self.embeddings_between())
+        if not has_outputs:
+            return packed
+        found.pooler_output = packed
+        return found
+
+    def embeddings_between(self) -> Optional[torch.Tensor]:
+        """What stands between and behind tokens: `image_newline` [D], or the separators of tiles [2, D]."""
+        if isinstance(self.layout, Slices):
+            embedding = self.get_input_embeddings()
+            ids = torch.tensor(self.layout.separators, device=next(self.multi_modal_projector.parameters()).device)
+            separators: torch.Tensor = embedding(ids)
+            return separators
+        return getattr(self, "image_newline", None)
 
 
 class LlavaProjectorsForConditionalGeneration(WholeCheckpoint, LlavaForConditionalGeneration):  # type: ignore[misc]

@@ -17,10 +17,17 @@ from typing import Union
 from llava_projectors.registry import projector_class
 
 ROOT = "llava_projectors"
-MODELING = f"{ROOT}.serving.modeling"
+# What transformers looks for in a folder, and the files that it finds there.
+ENTRIES = {
+    f"{ROOT}.serving.modeling": "modeling_llava_projectors",
+    f"{ROOT}.serving.image_processing": "image_processing_llava_projectors",
+    f"{ROOT}.serving.processing": "processing_llava_projectors",
+}
+_WHOLE_MODEL = "modeling_llava_projectors.LlavaProjectorsForConditionalGeneration"
 AUTO_MAP = {
     "AutoModel": "modeling_llava_projectors.LlavaProjectorsModel",
-    "AutoModelForImageTextToText": "modeling_llava_projectors.LlavaProjectorsForConditionalGeneration",
+    "AutoModelForImageTextToText": _WHOLE_MODEL,
+    "AutoModelForMultimodalLM": _WHOLE_MODEL,  # of transformers 5: pipeline("any-to-any"), `transformers serve`
 }
 # What `registry_<type>.py` stands in for.
 STOOD_IN_FOR = (ROOT, f"{ROOT}.registry", f"{ROOT}.projectors.registration", f"{ROOT}.serving.travel")
@@ -62,7 +69,7 @@ def write_code(type_string, folder):
             shutil.copyfile(file, folder / file.name)
 '''
 
-# For versions of transformers that copy only the files that the modeling file itself names.
+# For versions of transformers that copy only the files that the file which they look for itself names.
 NAMED = """
 
 TYPE_CHECKING = False
@@ -77,7 +84,7 @@ class DoesNotTravel(ValueError):
 
 
 def write_code(type_string: str, folder: Path) -> None:
-    """Write the modeling file, the projector's module and what they import into `folder`.
+    """Write the model's and the processors' files, the projector's module and what they import into `folder`.
 
     Raises:
         DoesNotTravel: the type is defined in a notebook, or its module imports other packages.
@@ -94,7 +101,7 @@ def travelling_code(type_string: str) -> dict[str, str]:
     base = next(c for c in cls.__mro__ if c.__name__ == "Projector")
     stand_in = f"registry_{cls.name}"
     modules: dict[str, str] = {}
-    for module in _closure([MODELING, cls.__module__, base.__module__]):
+    for module in _closure([*ENTRIES, cls.__module__, base.__module__]):
         other = modules.setdefault(_file_name(module), module)
         if other != module:
             raise DoesNotTravel(f"{module} and {other} would be one file, {_file_name(module)}; rename yours")
@@ -102,9 +109,10 @@ def travelling_code(type_string: str) -> dict[str, str]:
     files[f"{stand_in}.py"] = STAND_IN_SOURCE.format(
         base=_file_stem(base.__module__), module=_file_stem(cls.__module__), cls=cls.__name__
     )
-    modeling = _file_name(MODELING)
-    others = sorted(name[:-3] for name in files if name != modeling)
-    files[modeling] += NAMED + "".join(f"    from .{stem} import __name__ as _\n" for stem in others)
+    stems = sorted(name[:-3] for name in files)
+    for entry in ENTRIES.values():
+        others = [stem for stem in stems if stem != entry]
+        files[f"{entry}.py"] += NAMED + "".join(f"    from .{stem} import __name__ as _\n" for stem in others)
     return files
 
 
@@ -186,8 +194,8 @@ def _file_name(module: str) -> str:
 
 def _file_stem(module: str) -> str:
     """`llava_projectors.projectors.tokenpacker` -> `tokenpacker`."""
-    if module == MODELING:
-        return "modeling_llava_projectors"
+    if module in ENTRIES:
+        return ENTRIES[module]
     if module.split(".")[0] != ROOT:
         return module.split(".")[-1]
     inside = module[len(ROOT) + 1 :]

@@ -1,0 +1,159 @@
+"""The LLMs that can be exported, and what LLaVA's stack takes from their config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_projectors.export.errors import ExportError
+from llava_projectors.files import read_json
+from llava_projectors.integration.llm_settings import READ_SINCE, contradictions
+
+
+@dataclass(frozen=True)
+class Llm:
+    """A kind of LLM.
+
+    Attributes:
+        architecture: its class in transformers.
+        fields: every setting that its config class reads in the versions that LLaVA runs on (4.31 to 4.41) ->
+            what the class takes where `config.json` has none. Later classes have other defaults, so each is written.
+    """
+
+    architecture: str
+    fields: Mapping[str, Any]
+
+
+_COMMON = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+LLMS = {
+    "llama": Llm("LlamaForCausalLM", {**_COMMON, "rope_scaling": None, "attention_bias": False}),
+    "mistral": Llm(
+        "MistralForCausalLM",
+        {
+            **_COMMON, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Llm(
+        "Qwen2ForCausalLM",
+        {
+            **_COMMON, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+            "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096,
+            "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
+        },
+    ),
+    "phi3": Llm(
+        "Phi3ForCausalLM",
+        {
+            **_COMMON, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5, "rope_scaling": None, "eos_token_id": 32000, "pad_token_id": 32000,
+            "sliding_window": None,
+        },
+    ),
+}  # fmt: skip
+# `model_type` in LLaVA's config -> kind.
+KINDS = {
+    "llava_llama": "llama", "llava": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2", "llava_phi3": "phi3", "phi3": "phi3",
+}  # fmt: skip
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The LLM's part of an exported config: what the training stack used, every setting of it.
+
+    Args:
+        config: of the checkpoint.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ExportError: another kind of LLM, or settings that were not trained with and that a later reader obeys.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in KINDS:
+        raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(KINDS)} can be exported")
+    kind = KINDS[model_type]
+    version = _version(config.get("transformers_version"))
+    read = [*LLMS[kind].fields, *(name for name, since in READ_SINCE.items() if version >= since)]
+    wrong = contradictions(config, read)
+    if wrong:
+        raise ExportError(
+            f"the config.json of {source} has {'; '.join(wrong)}: transformers "
+            f"{config.get('transformers_version', 'of an unknown version')}, which wrote it, did not read that, and "
+            "later versions do. Remove it from config.json to export what was trained"
+        )
+    settings = {name: config.get(name, usual) for name, usual in LLMS[kind].fields.items()}
+    settings.update({name: config[name] for name in read if name in config})
+    if settings["num_key_value_heads"] is None:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    _refuse_windows(settings, source)
+    if kind == "phi3" and settings["rope_scaling"]:
+        raise ExportError(f"{source} has rope_scaling {settings['rope_scaling']!r}: later versions rotate otherwise")
+    # The head is written out, also where the checkpoint shares it with the embeddings.
+    return {
+        "model_type": kind,
+        "architectures": [LLMS[kind].architecture],
+        **settings,
+        "tie_word_embeddings": False,
+    }
+
+
+def _refuse_windows(settings: Mapping[str, Any], source: Path) -> None:
+    """Raise for Qwen2's windows: 4.41 applies them to other layers than later versions, and even when switched off."""
+    if "use_sliding_window" not in settings:
+        return
+    window = settings["sliding_window"] or settings["max_position_embeddings"]
+    if settings["use_sliding_window"] or window < settings["max_position_embeddings"]:
+        raise ExportError(
+            f"{source} has use_sliding_window {settings['use_sliding_window']} and sliding_window {window}, within "
+            f"max_position_embeddings {settings['max_position_embeddings']}: the versions of transformers that LLaVA "
+            "runs on apply it to other layers than later ones. With full attention everywhere it can be exported"
+        )
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    """`4.37.2` -> (4, 37); what is no version counts as older than all."""
+    try:
+        return tuple(int(part) for part in str(text).split(".")[:2])
+    except ValueError:
+        return (0,)
+
+
+def generation_config(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+    """What the exported `generation_config.json` holds: as LLaVA's own model generates, with all of its end tokens.
+
+    Args:
+        folder: that LLaVA's loader takes the LLM from.
+        text: the LLM's config, from which the tokens are taken where the folder has no such file.
+
+    Raises:
+        ProjectorSpecError: the file is no JSON object.
+    """
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.is_file() else {}
+    settings = {name: text.get(name) for name in tokens} | found
+    for name in ("transformers_version", "_from_model_config"):
+        settings.pop(name, None)
+    if not settings.get("do_sample"):
+        # They have no effect then, but newer versions refuse to save them, and vLLM samples with them.
+        for name in SAMPLING:
+            settings.pop(name, None)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def end_tokens(ids: Any) -> frozenset[int]:
+    """The set of what a config has as `eos_token_id`: nothing, one id or several."""
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

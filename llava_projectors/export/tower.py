@@ -1,0 +1,112 @@
+"""The vision tower of an export: its config and its weights, as LLaVA uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight
+from llava_projectors.export.errors import ExportError
+from llava_projectors.files import checkpoint_tensors, read_config
+from llava_projectors.integration import weights
+
+KINDS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+SETTINGS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
+    "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "projection_dim",
+)  # fmt: skip
+# How LLaVA's checkpoints call a tower that was trained.
+OWN = "model.vision_tower.vision_tower."
+INNER = "vision_model."
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower.
+
+    Attributes:
+        folder: where it came from.
+        config: as transformers writes it, of the layers that LLaVA keeps.
+        select_layer: LLaVA's choice of hidden state.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    select_layer: int
+
+    @property
+    def is_siglip(self) -> bool:
+        """Whether it is LLaVA-NeXT's SigLIP; else it is CLIP."""
+        return bool(self.config["model_type"] == KINDS["siglip"])
+
+    @property
+    def tile_side(self) -> int:
+        """Side of its pictures, in pixels."""
+        return int(self.config["image_size"])
+
+    @property
+    def patch_side(self) -> int:
+        """Side of its patch grid."""
+        return self.tile_side // int(self.config["patch_size"])
+
+
+def read_tower(folder: Path, config: Mapping[str, Any]) -> Tower:
+    """The tower in a folder, as a checkpoint with this config uses it.
+
+    Raises:
+        ExportError: neither CLIP nor SigLIP.
+    """
+    from transformers import CONFIG_MAPPING
+
+    own = read_config(folder)
+    kind = KINDS.get(str(own.get("model_type")), own.get("model_type"))
+    if kind not in KINDS.values():
+        raise ExportError(f"the vision tower {folder} is a {kind!r}: CLIP and SigLIP can be exported")
+    made = CONFIG_MAPPING[str(kind)](**own.get("vision_config", own)).to_dict()
+    settings = {"model_type": kind, **{key: made[key] for key in SETTINGS if key in made}}
+    if kind == KINDS["clip"]:
+        return Tower(folder, settings, config.get("mm_vision_select_layer", -2))
+    # LLaVA-NeXT deletes the last layer and the head, and offers no choice.
+    settings.update(num_hidden_layers=settings["num_hidden_layers"] - 1, vision_use_head=False)
+    return Tower(folder, settings, -1)
+
+
+def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) -> dict[str, Weight]:
+    """Name in the stock model -> weight: the checkpoint's where it was trained, else those of the tower's folder.
+
+    Args:
+        tower: to export.
+        checkpoint: that uses it.
+        shapes: name without `vision_model.` -> shape, of all that the stock model has.
+
+    Raises:
+        ExportError: weights are missing or of another shape.
+    """
+    found = {key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)}
+    source = f"the vision tower in {checkpoint.source}, which was trained,"
+    if not (found and _was_trained(checkpoint.config)):
+        # LLaVA too loads a frozen tower from where it came from.
+        stored = checkpoint_tensors(tower.folder)
+        found = {key: Weight(tensor) for key, tensor in stored.items() if not IGNORED.search(key)}
+        source = f"the tower {tower.folder}"
+    # Older stock models of SigLIP have the head in any case.
+    expected = {key: shape for key, shape in shapes.items() if not (tower.is_siglip and key.startswith("head."))}
+    bare = {key.removeprefix(INNER): weight for key, weight in found.items()}
+    used = {f"{INNER}{key}": weight for key, weight in bare.items() if key in expected}
+    check(used, {f"{INNER}{key}": shape for key, shape in expected.items()}, source)
+    return used
+
+
+def check(found: Mapping[str, Weight], expected: weights.Shapes, source: str) -> None:
+    """Raise ExportError unless weights have the expected names and shapes."""
+    wrong = weights.problems(expected, {name: weight.shape for name, weight in found.items()})
+    if wrong:
+        raise ExportError(f"{source} is not whole or of another model: {wrong}")
+
+
+def _was_trained(config: Mapping[str, Any]) -> bool:
+    """Whether LLaVA, or LLaVA-NeXT by its list of parts, takes the tower from the checkpoint."""
+    parts = str(config.get("mm_tunable_parts") or "").split(",")
+    return bool(config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in parts)

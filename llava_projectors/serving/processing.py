@@ -1,0 +1,127 @@
+"""The processor of an exported folder: prompts with pictures -> token ids and pixels, the same on every version."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional
+
+from transformers import AutoTokenizer, BatchFeature, LlavaProcessor
+
+from llava_projectors.serving.hook import PROCESSOR_AUTO_MAP
+from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor, flat, size_of, to_picture
+from llava_projectors.serving.layout import Size
+
+
+class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
+    """As in transformers, but the number of positions is counted by each picture's size."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = PROCESSOR_AUTO_MAP
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, source: Any, *_: Any, **kwargs: Any) -> list[Any]:
+        """The two parts, of the classes that belong to the folder."""
+        kwargs.pop("use_fast", None)  # an image processor of one kind only
+        return [
+            LlavaProjectorsImageProcessor.from_pretrained(source, **kwargs),
+            AutoTokenizer.from_pretrained(source, **kwargs),
+        ]
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> Any:
+        """Prompts and their pictures, in one list or one list for each prompt -> what the model takes.
+
+        Args:
+            images: see `LlavaProjectorsImageProcessor.preprocess`; text with an address is fetched.
+            text: a prompt or a list of them, with `<image>` where a picture stands.
+            videos: refused.
+            audio: refused.
+            kwargs: of the tokenizer, `return_tensors`, `return_mm_token_type_ids` and
+                `return_text_replacement_offsets`, as in transformers.
+
+        Raises:
+            ValueError: prompts with more or fewer `<image>` than there are pictures.
+        """
+        if videos or audio:
+            raise ValueError("this model takes pictures and text: pass the frames of a video as pictures")
+        settings = dict(_flatten(kwargs))
+        return_tensors = settings.pop("return_tensors", None)
+        wants_offsets = settings.pop("return_text_replacement_offsets", False)
+        pictures = [] if images is None else [self._fetch(image) for image in flat(images)]
+        data: dict[str, Any] = dict(self.image_processor(pictures)) if pictures else {}
+        offsets: list[list[dict[str, Any]]] = []
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            if pictures:
+                prompts, offsets = self._expand(prompts, [size_of(picture) for picture in pictures])
+            data = {**self._tokens(prompts, settings), **data}
+        result = BatchFeature(data, tensor_type=return_tensors)
+        if wants_offsets:
+            result["text_replacement_offsets"] = offsets
+        return result
+
+    def _fetch(self, image: Any) -> Any:
+        return to_picture(self.image_processor.fetch_images(image) if isinstance(image, str) else image)
+
+    def _expand(self, prompts: list[str], sizes: Sequence[Size]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """Each `<image>` as often as its picture takes positions, and where these stand, as transformers tells it."""
+        token = self.image_token
+        places = sum(prompt.count(token) for prompt in prompts)
+        if places != len(sizes):
+            raise ValueError(f"the text has {places} {token} for {len(sizes)} pictures")
+        layout, remaining = self.image_processor.layout, iter(sizes)
+        expanded, offsets = [], []
+        for prompt in prompts:
+            pieces = prompt.split(token)
+            result, start, entries = pieces[0], len(pieces[0]), []
+            for piece in pieces[1:]:
+                replacement = token * layout.positions(next(remaining))
+                entries.append({
+                    "type": "image",
+                    "span": (start, start + len(token)),
+                    "new_span": (len(result), len(result) + len(replacement)),
+                    "text": token,
+                    "replacement": replacement,
+                })  # fmt: skip
+                start += len(token) + len(piece)
+                result += replacement + piece
+            expanded.append(result)
+            offsets.append(entries)
+        return expanded, offsets
+
+    def _tokens(self, prompts: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        wants_types = settings.pop("return_mm_token_type_ids", False)
+        known = inspect.signature(self.tokenizer.__call__).parameters
+        given = {name: value for name, value in settings.items() if name in known}
+        data = dict(self.tokenizer(prompts, **given))
+        if wants_types:
+            image = self.image_token_id
+            data["mm_token_type_ids"] = [[int(token == image) for token in row] for row in data["input_ids"]]
+        return data
+
+    def _get_num_multimodal_tokens(self, image_sizes: Optional[Sequence[Size]] = None, **_: Any) -> Any:
+        """Positions and tiles of pictures of these heights and widths; vLLM's transformers backend asks."""
+        from transformers.processing_utils import MultiModalData
+
+        if image_sizes is None:
+            return MultiModalData()
+        layout = self.image_processor.layout
+        sizes = [(int(height), int(width)) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[layout.positions(size) for size in sizes],
+            num_image_patches=[layout.tile_count(size) for size in sizes],
+        )
+
+
+def _flatten(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings, also of the groups that transformers knows (`text_kwargs`, `processor_kwargs` and so on)."""
+    for name, value in kwargs.items():
+        if name.endswith("_kwargs") and isinstance(value, dict):
+            yield from _flatten(value)
+        else:
+            yield name, value

@@ -1,0 +1,275 @@
+"""Checkpoints of whole families with random weights, what their own stack says on them, and their exports.
+
+`python families.py FOLDER [FAMILY ...]`, in LLaVA's environment or in LLaVA-NeXT's (see `tests/next`). The LLM's
+weights are large, so that its answers depend on every number before them. `check_folders.py` reads the result.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from llava_projectors.export import compare, verify
+from llava_projectors.export.convert import export_checkpoint
+from llava_projectors.tiny import assets
+
+# `llava` for LLaVA itself, or for a checkout of LLaVA-NeXT; `llavaction.llava` for its family from the registry.
+PACKAGE = os.environ.get("FAMILY_PACKAGE", "llava")
+SIGLIP = "google/siglip-so400m-patch14-384"
+SIGLIP_SIDE, CLIP_SIDE = 384, 336
+ONE, WIDE, TALL, SMALL = (400, 390), (900, 330), (300, 800), (60, 40)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One kind of checkpoint.
+
+    Attributes:
+        llm: of `LLMS`.
+        projector_type: the type string.
+        settings: of LLaVA's config, beside its own.
+        siglip: whether the tower is LLaVA-NeXT's.
+        conversation: for `--conv-mode`.
+    """
+
+    llm: str
+    projector_type: str = "saep"
+    settings: dict = dataclasses.field(default_factory=dict)
+    siglip: bool = False
+    conversation: str = "vicuna_v1"
+
+
+def grid(side):
+    return [[side * x, side * y] for x, y in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+LLAVA = {
+    "llama-square": Family("llama", settings={"image_aspect_ratio": "square"}),
+    "mistral": Family("mistral", "tokenpacker", {"image_aspect_ratio": "pad"}, conversation="mistral_instruct"),
+    "llama3": Family("llama3", settings={"image_aspect_ratio": "pad"}, conversation="llava_llama_3"),
+    "slice9": Family("llama", "tokenpacker:scale_factor=3", {"image_aspect_ratio": "slice:patch_num=9"}),
+    "slice16": Family("llama", settings={"image_aspect_ratio": "slice:patch_num=16"}),
+    "anyres-flat": Family("llama", settings={"image_aspect_ratio": "anyres", "image_grid_pinpoints": grid(CLIP_SIDE)}),
+    "anyres-unpad": Family(
+        "llama",
+        settings={
+            "image_aspect_ratio": "anyres", "image_grid_pinpoints": grid(CLIP_SIDE),
+            "mm_patch_merge_type": "spatial_unpad",
+        },
+    ),
+    "rope-scaling": Family(
+        "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "linear", "factor": 2.0}}
+    ),
+}  # fmt: skip
+NEXT = {
+    "qwen2-pad": Family(
+        "qwen2", settings={"image_aspect_ratio": "pad", "mm_patch_merge_type": "spatial_unpad"}, siglip=True,
+        conversation="qwen_1_5",
+    ),
+    "qwen2-anyres": Family(
+        "qwen2", "tokenpacker",
+        {
+            "image_aspect_ratio": "anyres", "image_grid_pinpoints": grid(SIGLIP_SIDE),
+            "mm_patch_merge_type": "spatial_unpad",
+        },
+        siglip=True, conversation="qwen_1_5",
+    ),
+    "qwen2-anyres-max": Family(
+        "qwen2",
+        settings={
+            "image_aspect_ratio": "anyres_max_2", "image_grid_pinpoints": grid(SIGLIP_SIDE),
+            "mm_patch_merge_type": "spatial_unpad", "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
+        },
+        siglip=True, conversation="qwen_1_5",
+    ),
+}  # fmt: skip
+FAMILIES = {**LLAVA, **NEXT}
+
+
+def module(name):
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+# The parts
+
+
+def byte_level(folder, special, **settings):
+    """A byte-level tokenizer that knows some pairs, as Llama 3 and Qwen2 have it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    if "qwen" in folder.name:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    texts = [assets.QUESTION, "You are a helpful assistant.", "Which one is darker?"]
+    tokenizer.train_from_iterator(texts * 4, trainer)
+    tokenizer.add_special_tokens(special)
+    if settings.get("bos_token"):
+        start = settings["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=4096, **settings)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_llm(kind, folder):
+    """An LLM's checkpoint with large random weights, two of whose tokens end an answer."""
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    if kind in ("llama", "mistral"):
+        assets.make_llm(folder, hidden_size=64, head_width=32)
+        ends = [2, 300]
+    elif kind == "llama3":
+        special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        tokenizer = byte_level(folder, special, bos_token=special[0], eos_token=special[1])
+        ends = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    else:
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        tokenizer = byte_level(folder, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    name = {"llama": "Llama", "llama3": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
+    count = len(transformers.AutoTokenizer.from_pretrained(folder, use_fast=kind not in ("llama", "mistral")))
+    config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=count, eos_token_id=ends[0], rope_theta=5e4)
+    if kind == "mistral":
+        config.sliding_window = None
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=3 / parameter.shape[-1] ** 0.5)
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_siglip(root):
+    """Where the hub's client looks for it; LLaVA-NeXT ignores its config, so its class gets the sizes."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 1,
+        "image_size": SIGLIP_SIDE, "patch_size": 48,
+    }  # fmt: skip
+    encoder = module("model.multimodal_encoder.siglip_encoder")
+    init = encoder.SigLipVisionConfig.__init__
+    names = init.__code__.co_varnames[1 : init.__code__.co_argcount]
+    init.__defaults__ = tuple({**dict(zip(names, init.__defaults__)), **sizes}[name] for name in names)
+    folder = root / "hub" / f"models--{SIGLIP.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0000000000000000000000000000000000000000"
+    if not snapshot.is_dir():
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(snapshot.name)
+        torch.manual_seed(0)
+        encoder.SigLipVisionModel(encoder.SigLipVisionConfig()).save_pretrained(snapshot)
+        transformers.SiglipImageProcessor(size={"height": SIGLIP_SIDE, "width": SIGLIP_SIDE}).save_pretrained(snapshot)
+    transformers.utils.hub.TRANSFORMERS_CACHE = str(root / "hub")
+    return snapshot
+
+
+def make_checkpoint(root, name, family):
+    """What LLaVA's script would leave, without its steps."""
+    llm = root / f"llm-{family.llm}"
+    if not llm.is_dir():
+        make_llm(family.llm, llm)
+    tower = SIGLIP if family.siglip else str(root / "clip")
+    snapshot = make_siglip(root) if family.siglip else None
+    if not (root / "clip").is_dir():
+        assets.make_vision_tower(root / "clip", patch_size=28)
+    models = module("model")
+    cls = {"qwen2": "Qwen", "mistral": "Mistral"}.get(family.llm, "Llama")
+    torch.manual_seed(1)
+    of_llm = {key: value for key, value in family.settings.items() if key == "rope_scaling"}
+    model = getattr(models, f"Llava{cls}ForCausalLM").from_pretrained(llm, **of_llm)
+    arguments = SimpleNamespace(
+        vision_tower=tower, mm_vision_select_layer=-2, mm_vision_select_feature="patch", pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type=family.settings.get("mm_patch_merge_type", "flat"), mm_projector_type=family.projector_type,
+        mm_use_im_patch_token=False, mm_use_im_start_end=False, tune_mm_mlp_adapter=False, mm_resampler_type=None,
+        add_faster_video=False, image_aspect_ratio=family.settings["image_aspect_ratio"], vision_tower_pretrained=None,
+    )  # fmt: skip
+    for key, value in {"mm_use_im_patch_token": False, "mm_use_im_start_end": False, **family.settings}.items():
+        setattr(model.config, key, value)
+    model.get_model().initialize_vision_modules(arguments)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm, use_fast=family.llm not in ("llama", "mistral"))
+    model.initialize_vision_tokenizer(arguments, tokenizer=tokenizer)
+    with torch.no_grad():
+        for parameter in model.get_model().mm_projector.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+        if "mm_vision_tower" in family.settings.get("mm_tunable_parts", ""):
+            for parameter in model.get_vision_tower().parameters():
+                parameter.mul_(1.5)
+    folder = root / f"llava-{name}"
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, snapshot
+
+
+def pictures():
+    """Of several sizes, one with transparency, one with a palette."""
+    generator = np.random.default_rng(0)
+    found = []
+    for width, height in (ONE, WIDE, TALL, SMALL):
+        coarse = generator.integers(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
+        found.append(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+    found[1].putalpha(Image.linear_gradient("L").resize(WIDE))
+    found[3] = found[3].quantize(16)
+    return [*found[:3], found[3].convert("RGB")]
+
+
+def questions(jinja_start, jinja_end):
+    asked = [(f"{jinja_start}<image>\n{question}{jinja_end}", [picture])
+             for picture in pictures() for question in (assets.QUESTION, "Which one is darker?")]  # fmt: skip
+    return [*asked, (f"{jinja_start}<image>\n<image>\nWhich one is darker?{jinja_end}", pictures()[1:3])]
+
+
+def prompt_parts(tokenizer_folder):
+    """What stands before and behind a user's text, by the exported template."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = (tokenizer_folder / "chat_template.jinja").read_text()
+    chat = [{"role": "user", "content": "TEXT"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return text.split("TEXT")
+
+
+def main(root, names):
+    root.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    for name in names:
+        family = FAMILIES[name]
+        checkpoint, tower = make_checkpoint(root, name, family)
+        folder = root / "exported" / name
+        export_checkpoint(str(checkpoint), folder, vision_tower=tower and str(tower))
+        cases = verify.reference(str(checkpoint), None, questions(*prompt_parts(folder)), 12, torch.float16, PACKAGE)
+        compare.save_cases(cases, folder.with_suffix(".pt"))
+        print(name, [len(case["logits"]) for case in cases], [case["text"][:12] for case in cases[:3]], flush=True)
+        for case, result in zip(cases, verify.compare_on_this_stack(folder, cases)):
+            found = [result[key] for key in ("positions", "logits", "pixels", "same_ids", "same_answer")]
+            print("   ", len(case["images"]), json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    has_siglip = importlib.util.find_spec(f"{PACKAGE}.model.multimodal_encoder.siglip_encoder")
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:] or (NEXT if has_siglip else LLAVA))

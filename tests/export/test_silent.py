@@ -1,0 +1,274 @@
+"""What would make an exported folder another model without a word: refused or equal, and seen by `--verify`."""
+
+import inspect
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from llava_projectors import ProjectorSpecError
+from llava_projectors.export import verify
+from llava_projectors.export.convert import NEWLINE, export_checkpoint
+from llava_projectors.export.llm import LLMS
+from llava_projectors.integration.llm_settings import contradictions, refuse_contradictions
+
+
+def settings_of(folder, name="config.json"):
+    return json.loads((folder / name).read_text())
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder, **changes):
+    weights = load_file(folder / "model.safetensors")
+    for name, change in changes.items():
+        key = next(key for key in weights if key.endswith(name.replace("__", ".")))
+        weights[key] = change(weights[key])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """A folder that is what LLaVA says, and the checkpoint that it was made from."""
+    source = trained("saep").checkpoint
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export_checkpoint(str(source), folder)
+    assert verify.verify(folder, str(source), None) == []
+    return folder, source
+
+
+@pytest.fixture
+def broken(exported, tmp_path):
+    """A copy of the folder to break; `seen` is what `--verify` says then."""
+    folder = tmp_path / "broken"
+    shutil.copytree(exported[0], folder)
+    return SimpleNamespace(folder=folder, seen=lambda: "; ".join(verify.verify(folder, str(exported[1]), None)))
+
+
+# Settings that the training stack never read
+
+LATER = {
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    "head_dim": 128,
+    "mlp_bias": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_setting_that_training_did_not_read_is_refused(checkpoint, refused, name):
+    refused(checkpoint(**{name: LATER[name]}), f"has {name} .*training used .*Remove it from config.json")
+
+
+def test_one_that_says_the_same_is_not_handed_on(checkpoint, tmp_path):
+    folder = checkpoint(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, head_dim=40, sliding_window=8)
+    export_checkpoint(str(folder), tmp_path / "out")
+    text = settings_of(tmp_path / "out")["text_config"]
+    assert not {"rope_parameters", "head_dim", "sliding_window"} & text.keys()
+    assert text["rope_theta"] == 10000.0
+
+
+def test_a_version_that_reads_it_trained_with_it():
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    assert contradictions({**rope, **newer}, ["rope_theta", "rope_scaling"]) == []
+    assert contradictions({**rope, **newer}, ["rope_theta"]) != []
+    assert contradictions({"rope_parameters": {"rope_theta": 5e5}}, ["rope_parameters"]) == []
+    assert contradictions({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, ["rope_theta"]) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_the_table_of_settings_is_what_the_class_reads(kind):
+    """All but what changes no answer, with the class's own defaults."""
+    parameters = inspect.signature(transformers.CONFIG_MAPPING[kind].__init__).parameters
+    idle = {"self", "kwargs", "use_cache", "pretraining_tp", "tie_word_embeddings"}
+    assert {*parameters} - idle <= {*LLMS[kind].fields}
+    for name, usual in LLMS[kind].fields.items():
+        assert usual == (parameters[name].default if name in parameters else None), name
+
+
+def test_every_setting_is_written(exported):
+    text = settings_of(exported[0])["text_config"]
+    assert LLMS["llama"].fields.keys() <= text.keys()
+
+
+def test_training_does_not_begin(tiny, llava_train, tmp_path):
+    llm = tmp_path / "vicuna"
+    shutil.copytree(tiny.llm, llm)
+    edit(llm / "config.json", rope_parameters=LATER["rope_parameters"])
+    with pytest.raises(
+        ProjectorSpecError, match=r"rope_parameters .*training used .*10000.*would be another one there"
+    ):
+        llava_train("saep", llm=llm)
+
+
+def test_settings_that_a_class_reads_are_its_own():
+    """Phi reads part of its rotation by itself."""
+    config = transformers.PhiConfig(partial_rotary_factor=0.5)
+    refuse_contradictions(config)
+    with pytest.raises(ProjectorSpecError, match="partial_rotary_factor 0.5, training used 1.0"):
+        refuse_contradictions(transformers.LlamaConfig(partial_rotary_factor=0.5))
+
+
+@pytest.mark.parametrize("change", [{"rope_parameters": LATER["rope_parameters"]}, {"rope_theta": 500000.0}])
+def test_verify_sees_another_setting(broken, change):
+    config = settings_of(broken.folder)
+    config["text_config"].update(change)
+    (broken.folder / "config.json").write_text(json.dumps(config))
+    assert f"text_config has {next(iter(change))}" in broken.seen()
+
+
+# What stands behind a picture
+
+
+def test_the_newline_of_llava_next_is_exported(checkpoint, tmp_path, refused):
+    next_s = {"mm_patch_merge_type": "spatial_unpad", "vision_tower_pretrained": ""}
+    folder = checkpoint(**next_s)
+    refused(folder, f"lacks {NEWLINE}")
+    weights = load_file(folder / "model.safetensors")
+    newline = torch.randn(weights["model.norm.weight"].shape)
+    save_file({**weights, NEWLINE: newline}, folder / "model.safetensors", {"format": "pt"})
+    export_checkpoint(str(folder), tmp_path / "out", dtype="float32")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[NEWLINE], newline)
+    model = verify.assemble(tmp_path / "out")
+    with torch.no_grad():
+        embeddings = model.embeddings({"prompt": "<image>", "images": verify.test_pictures()[:1]})
+    assert embeddings.shape[1] == 1 + 36 + 1
+    assert torch.equal(embeddings[0, -1], newline)
+    assert settings_of(tmp_path / "out")["image_seq_length"] == 37
+
+
+def test_llava_stacks_padded_pictures_and_puts_none(checkpoint, tmp_path):
+    folder = checkpoint(mm_patch_merge_type="spatial_unpad")
+    weights = load_file(folder / "model.safetensors")
+    newline = torch.ones(weights["model.norm.weight"].shape)
+    save_file({**weights, NEWLINE: newline}, folder / "model.safetensors", {"format": "pt"})
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+def test_verify_sees_another_number_of_positions(broken):
+    for name in ("config.json", "preprocessor_config.json"):
+        layout = {**settings_of(broken.folder, name)["image_layout"], "newline": True}
+        edit(broken.folder / name, image_layout=layout)
+    edit_weights(broken.folder)
+    weights = load_file(broken.folder / "model.safetensors")
+    weights[NEWLINE] = torch.ones(80, dtype=torch.float16)
+    save_file(weights, broken.folder / "model.safetensors", {"format": "pt"})
+    assert "the LLM gets 1 positions more than LLaVA's" in broken.seen()
+
+
+# Where answers end
+
+
+def test_all_end_tokens_are_exported(checkpoint, tmp_path):
+    folder = checkpoint()
+    ends = {"eos_token_id": [2, 5], "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+    edit(folder / "generation_config.json", **ends)
+    export_checkpoint(str(folder), tmp_path / "out")
+    written = settings_of(tmp_path / "out", "generation_config.json")
+    assert written["eos_token_id"] == [2, 5]
+    assert written["max_length"] == 4096
+    assert (
+        not {"temperature", "top_p", "transformers_version"} & written.keys()
+    )  # without effect, for it does not sample
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+def test_settings_of_a_model_that_samples_are_kept(checkpoint, tmp_path):
+    folder = checkpoint()
+    edit(folder / "generation_config.json", do_sample=True, temperature=0.6)
+    export_checkpoint(str(folder), tmp_path / "out")
+    written = settings_of(tmp_path / "out", "generation_config.json")
+    assert (written["do_sample"], written["temperature"]) == (True, 0.6)
+
+
+def test_verify_sees_a_lost_end_token(broken):
+    edit(broken.folder / "generation_config.json", eos_token_id=7)
+    assert "answers end in the tokens [7], LLaVA's in [2]" in broken.seen()
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(checkpoint, refused, wrong):
+    folder = checkpoint()
+    edit_weights(folder, aggregate__bias=lambda weight: weight.fill_(wrong))
+    refused(folder, "multi_modal_projector.aggregate.bias holds NaN or infinity: its training diverged")
+
+
+def test_a_weight_too_large_for_the_dtype_is_refused(checkpoint, refused, tmp_path):
+    folder = checkpoint()
+    edit_weights(folder, aggregate__bias=lambda weight: weight.float() + 7e4)
+    match = "aggregate.bias holds 7e[+]04, which is infinity in float16: pass --dtype bfloat16 or float32"
+    refused(folder, match, dtype="float16")
+    export_checkpoint(str(folder), tmp_path / "out", dtype="bfloat16")
+
+
+def test_verify_sees_nan(broken):
+    edit_weights(broken.folder, aggregate__bias=lambda weight: weight.fill_(math.nan))
+    assert "logits differ by inf" in broken.seen()
+
+
+# Pixels
+
+
+def pictures():
+    """Of every mode, with and without transparency, of odd sizes."""
+    picture = verify.test_pictures()[0]
+    transparent = picture.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(picture.size))
+    palette = picture.quantize(16)
+    palette.info["transparency"] = 3
+    modes = [picture.convert(mode) for mode in ("RGB", "L", "CMYK", "1", "LA")]
+    sizes = [picture.resize(size) for size in ((31, 470), (336, 336), (337, 335), (1, 9), (1000, 701))]
+    return [*modes, transparent, palette, *sizes]
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_pixels_are_llavas(checkpoint, tmp_path, aspect):
+    from llava.mm_utils import process_images
+    from transformers import CLIPImageProcessor
+
+    from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor
+
+    folder = checkpoint(image_aspect_ratio=aspect)
+    export_checkpoint(str(folder), tmp_path / "out")
+    ours = LlavaProjectorsImageProcessor.from_pretrained(tmp_path / "out")
+    llavas = CLIPImageProcessor.from_pretrained(settings_of(folder)["mm_vision_tower"])
+    for picture in pictures():
+        config = SimpleNamespace(image_aspect_ratio=aspect)
+        expected = process_images([picture.convert("RGB")], llavas, config)
+        assert torch.equal(ours(picture, return_tensors="pt")["pixel_values"], expected), (picture.mode, picture.size)
+
+
+def test_newer_settings_of_the_towers_processor_are_not_handed_on(checkpoint, tiny, tmp_path, refused):
+    """CLIP's processor of LLaVA's time does not read them."""
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny.coarse_tower, tower)
+    edit(tower / "preprocessor_config.json", do_pad=True, pad_size={"height": 9, "width": 9}, size_divisor=32)
+    folder = checkpoint(mm_vision_tower=str(tower))
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+    edit(tower / "preprocessor_config.json", rescale_factor=0.5)
+    refused(folder, "preprocessor_config.json has rescale_factor 0.5, not 1/255")
+
+
+def test_verify_sees_other_pixels(broken):
+    edit(broken.folder / "preprocessor_config.json", image_std=[0.3, 0.3, 0.3])
+    assert "normalised pixels differ" in broken.seen()
+
+
+def test_another_image_processor_stops(exported):
+    """It would take the settings, and do something else."""
+    with pytest.raises(ValueError, match="trust_remote_code=True, or pip install llava-projectors"):
+        transformers.CLIPImageProcessor.from_pretrained(exported[0])
