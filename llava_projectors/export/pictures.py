@@ -12,7 +12,7 @@ from typing import Any, Optional
 from llava_projectors.export.errors import ExportError
 from llava_projectors.files import read_json
 from llava_projectors.integration.high_resolution import SEPARATORS
-from llava_projectors.serving.hook import NOT_STOCK, PROCESSOR_AUTO_MAP
+from llava_projectors.serving.hook import NOT_STOCK, PROCESSOR_AUTO_MAP, STOCK_NAMES
 from llava_projectors.serving.layout import AnyResolution, Layout, OneTile, Slices, as_settings
 from llava_projectors.slicing import slicing_of
 
@@ -99,8 +99,7 @@ def processor_settings(layout: Layout, tower: Path, tile_side: int, is_siglip: b
     if prepare.pop("tile_side", tile_side) != tile_side:
         raise ExportError(f"{path} makes pictures of another size than the {tile_side} px of the tower's config.json")
     return {
-        "image_processor_type": "LlavaProjectorsImageProcessor",
-        "processor_class": "LlavaProjectorsProcessor",
+        **STOCK_NAMES,
         "auto_map": PROCESSOR_AUTO_MAP,
         "image_layout": as_settings(layout),
         "tile_side": tile_side,

@@ -78,7 +78,7 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
         # Left, for batches that generate.
         "padding_side": "left",
         "model_max_length": settings.get("model_max_length", 2048),
-        "processor_class": "LlavaProjectorsProcessor",
+        "processor_class": "LlavaProcessor",
     }
     (target / "tokenizer_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     (target / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")

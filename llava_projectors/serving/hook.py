@@ -18,6 +18,9 @@ PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": "image_processing_llava_projectors.LlavaProjectorsImageProcessor",
     "AutoProcessor": "processing_llava_projectors.LlavaProjectorsProcessor",
 }
+# What the files call the processors: transformers' own classes, which fail, or give way. It would refuse names that it
+# does not know before they could.
+STOCK_NAMES = {"processor_class": "LlavaProcessor", "image_processor_type": "LlavaImageProcessor"}
 # Module of transformers -> the class whose subclasses, or itself, give way, and the methods that load.
 WATCHED = {
     "transformers.models.llava.modeling_llava": ("LlavaPreTrainedModel", ("from_pretrained", "_from_config")),

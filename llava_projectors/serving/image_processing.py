@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BatchFeature, ImageProcessingMixin
 
 from llava_projectors import slicing
-from llava_projectors.serving.hook import NOT_STOCK
+from llava_projectors.serving.hook import NOT_STOCK, STOCK_NAMES
 from llava_projectors.serving.layout import AnyResolution, Layout, OneTile, Size, layout_of, rows_of
 
 
@@ -62,9 +62,9 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
         self.size = {"height": max(height, tile_side), "width": max(width, tile_side)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; `size` is again what other image processors cannot read."""
+        """As in transformers, with what other image processors cannot read."""
         parent: Any = super()
-        settings: dict[str, Any] = {**parent.to_dict(), "size": NOT_STOCK}
+        settings: dict[str, Any] = {**parent.to_dict(), **STOCK_NAMES, "size": NOT_STOCK}
         return settings
 
     @property

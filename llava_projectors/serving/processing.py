@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from transformers import AutoTokenizer, BatchFeature, LlavaProcessor
 
-from llava_projectors.serving.hook import PROCESSOR_AUTO_MAP
+from llava_projectors.serving.hook import PROCESSOR_AUTO_MAP, STOCK_NAMES
 from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor, flat, size_of, to_picture
 from llava_projectors.serving.layout import Size
 
@@ -21,6 +21,12 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.auto_map = PROCESSOR_AUTO_MAP
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, under the name of its own class, which gives way to this one."""
+        parent: Any = super()
+        settings: dict[str, Any] = parent.to_dict(*args, **kwargs)
+        return {**settings, "processor_class": STOCK_NAMES["processor_class"]}
 
     @classmethod
     def _get_arguments_from_pretrained(cls, source: Any, *_: Any, **kwargs: Any) -> list[Any]:

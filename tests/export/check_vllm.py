@@ -22,7 +22,10 @@ import pytest
 
 HERE = Path(__file__).parent
 EXPORTED = Path(os.environ["EXPORTED"])
-NAMES = ("saep", "tokenpacker-scale-factor-3")
+# One tile; grids of tiles; LLaVA-NeXT's, where its environment made them.
+KINDS = ("saep", "tokenpacker-scale-factor-3", "slice9", "slice16", "anyres-unpad", "qwen2-pad", "qwen2-anyres")
+NAMES = [name for name in KINDS if (EXPORTED / name).is_dir()]
+QUESTIONS = ("What does the picture show?", "Describe the colours, in one sentence.", "Which one is darker?")
 HOST = "127.0.0.1"
 WAYS = ("backend", "native")
 BACKEND = "falling back to Transformers implementation"
@@ -56,11 +59,9 @@ def test_it_says_what_llava_says(name, way, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert (BACKEND in done.stdout + done.stderr) == (way == "backend")
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"')]
-    tokens = json.loads((EXPORTED / name / "config.json").read_text())["image_seq_length"]
-    assert len(answers) == 17
+    assert len(answers) >= 9
     for answer in answers:
-        assert answer["found"]["answer_ids"] == answer["expected"]["answer_ids"]
-        assert answer["found"]["prompt_tokens"] == len(answer["expected"]["ids"]) + tokens * answer["images"]
+        assert answer["found"] == answer["expected"]
 
 
 @contextlib.contextmanager
@@ -94,14 +95,15 @@ def ask(url, case):
     images = []
     for image in case["images"]:
         data = io.BytesIO()
-        image.save(data, "PNG")
+        image.convert("RGB").save(data, "PNG")
         images.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
-    question = case["prompt"].rsplit("<image>\n", 1)[1].removesuffix(" ASSISTANT:")
+    question = next(question for question in QUESTIONS if question in case["prompt"])
     content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     body = {
         "model": "llava",
         "temperature": 0,
         "max_tokens": case["max_new_tokens"],
+        "return_token_ids": True,
         "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
     }
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -110,15 +112,14 @@ def ask(url, case):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_openai_server(way, tmp_path):
-    name = "saep"
-    tokens = json.loads((EXPORTED / name / "config.json").read_text())["image_seq_length"]
+@pytest.mark.parametrize("name", [name for name in ("saep", "slice9", "qwen2-anyres") if name in NAMES])
+def test_the_openai_server(name, way, tmp_path):
+    """Pictures of several sizes, two in a prompt, each prompt twice, five at once, with vLLM's caches on."""
     cases = cases_of(name)
-    picked = [*cases[:4], cases[-1]]  # the last has two pictures
+    picked = [*cases[:8], cases[-1], *cases[:8]]  # the last has two pictures
     with server(name, way, tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(lambda case: ask(url, case), picked))
     assert (BACKEND in (tmp_path / "log").read_text()) == (way == "backend")
     for case, answer in zip(picked, answers):
-        assert answer["choices"][0]["message"]["content"].strip() == case["text"]
-        text_tokens = sum(token >= 0 for token in case["input_ids"])
-        assert answer["usage"]["prompt_tokens"] == text_tokens + tokens * len(case["images"])
+        assert answer["choices"][0]["token_ids"] == case["answer_ids"]
+        assert answer["usage"]["prompt_tokens"] == len(case["logits"])
