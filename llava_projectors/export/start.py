@@ -16,13 +16,14 @@ import torch
 
 from llava_projectors import registry
 from llava_projectors.export.card import model_card
-from llava_projectors.export.checkpoint import Weight, read_config
+from llava_projectors.export.checkpoint import Weight
 from llava_projectors.export.convert import DTYPES, folder_config, model_shapes
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.pictures import processor_settings
-from llava_projectors.export.tensors import Output, checkpoint_tensors, write_checkpoint
+from llava_projectors.export.tensors import Output, write_checkpoint
 from llava_projectors.export.tower import Tower, check
+from llava_projectors.files import checkpoint_tensors, read_config
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.integration.weights import Shapes
 from llava_projectors.serving.layout import OneTile
