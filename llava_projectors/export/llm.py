@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from llava_projectors.export.errors import ExportError
 from llava_projectors.files import read_json
@@ -96,7 +96,7 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     settings.update({name: config[name] for name in read if name in config})
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
-    _refuse_windows(settings, source)
+    _refuse_windows(settings, config.get("tokenizer_model_max_length"), source)
     if kind == "phi3" and settings["rope_scaling"]:
         raise ExportError(f"{source} has rope_scaling {settings['rope_scaling']!r}: later versions rotate otherwise")
     # The head is written out, also where the checkpoint shares it with the embeddings.
@@ -108,16 +108,20 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     }
 
 
-def _refuse_windows(settings: Mapping[str, Any], source: Path) -> None:
-    """Raise for Qwen2's windows: 4.41 applies them to other layers than later versions, and even when switched off."""
+def _refuse_windows(settings: Mapping[str, Any], most_tokens: Optional[int], source: Path) -> None:
+    """Raise for windows of Qwen2 that its sequences reach.
+
+    4.41 applies them to other layers than later versions, and, without flash attention, even when they are off.
+    """
     if "use_sliding_window" not in settings:
         return
-    window = settings["sliding_window"] or settings["max_position_embeddings"]
-    if settings["use_sliding_window"] or window < settings["max_position_embeddings"]:
+    longest = min(settings["max_position_embeddings"], most_tokens or settings["max_position_embeddings"])
+    if settings["use_sliding_window"] or (settings["sliding_window"] or longest) < longest:
         raise ExportError(
-            f"{source} has use_sliding_window {settings['use_sliding_window']} and sliding_window {window}, within "
-            f"max_position_embeddings {settings['max_position_embeddings']}: the versions of transformers that LLaVA "
-            "runs on apply it to other layers than later ones. With full attention everywhere it can be exported"
+            f"{source} has use_sliding_window {settings['use_sliding_window']} and sliding_window "
+            f"{settings['sliding_window']}, and sequences of up to {longest} tokens: the versions of transformers that "
+            "LLaVA runs on apply the window to other layers than later ones. If it was trained with full attention "
+            f"everywhere (flash attention), set sliding_window {longest} and use_sliding_window false in config.json"
         )
 
 

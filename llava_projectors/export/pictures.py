@@ -94,8 +94,7 @@ def processor_settings(layout: Layout, tower: Path, tile_side: int, is_siglip: b
         is_siglip: LLaVA-NeXT prepares pictures for SigLIP by numbers of its own, and not by the folder's.
     """
     path = tower / "preprocessor_config.json"
-    found = read_json(path)
-    prepare = _siglip(found, path) if is_siglip else _clip(found, path)
+    prepare = _siglip(path) if is_siglip else _clip(read_json(path), path)
     if prepare.pop("tile_side", tile_side) != tile_side:
         raise ExportError(f"{path} makes pictures of another size than the {tile_side} px of the tower's config.json")
     return {
@@ -108,7 +107,8 @@ def processor_settings(layout: Layout, tower: Path, tile_side: int, is_siglip: b
     }
 
 
-def _siglip(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _siglip(path: Path) -> dict[str, Any]:
+    found = read_json(path) if path.is_file() else {}
     used: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     for name, value in used.items():
         if found.get(name, value) != value:

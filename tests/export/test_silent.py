@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from llava_projectors import ProjectorSpecError
 from llava_projectors.export import verify
 from llava_projectors.export.convert import NEWLINE, export_checkpoint
-from llava_projectors.export.llm import LLMS
+from llava_projectors.export.errors import ExportError
+from llava_projectors.export.llm import LLMS, text_config
 from llava_projectors.integration.llm_settings import contradictions, refuse_contradictions
 
 
@@ -272,3 +273,21 @@ def test_another_image_processor_stops(exported):
     """It would take the settings, and do something else."""
     with pytest.raises(ValueError, match="trust_remote_code=True, or pip install llava-projectors"):
         transformers.CLIPImageProcessor.from_pretrained(exported[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 4096}, False),
+        ({"use_sliding_window": False, "sliding_window": 1024}, True),
+        ({"use_sliding_window": True, "sliding_window": 4096}, True),
+    ],
+)
+def test_windows_of_qwen2(change, is_refused, tmp_path):
+    """transformers 4.41 applies them where later versions do not."""
+    config = {"model_type": "llava_qwen", "max_position_embeddings": 8192, "tokenizer_model_max_length": 4096, **change}
+    if not is_refused:
+        assert text_config(config, tmp_path)["max_position_embeddings"] == 8192
+        return
+    with pytest.raises(ExportError, match="and sequences of up to 4096 tokens.*set sliding_window 4096"):
+        text_config(config, tmp_path)
