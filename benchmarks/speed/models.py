@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_projectors.integration.tower import MultiLayerTower
+
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 NUM_PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
 STOCK = "mlp2x_gelu"
@@ -79,6 +81,8 @@ def make_tower(projector_type: str, vision_model: Any) -> Any:
         tower = build_vision_tower(cfg, delay_load=True)
     tower.vision_tower = vision_model
     tower.is_loaded = True
+    if isinstance(tower, MultiLayerTower):
+        tower.prepare()  # as its load_model does
     return tower
 
 
