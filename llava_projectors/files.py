@@ -48,12 +48,10 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-# A key of the projector's, as LLaVA's models have it and behind what peft, DDP, torch.compile and FSDP put before it.
-# `seg_mm_projector.` and the like are a fork's further projectors.
-_KEY = re.compile(
-    r"(?:base_model\.model\.|module\.|_orig_mod\.|_fsdp_wrapped_module\.)*"
-    r"(?:(?:model|transformer)\.)*mm_projector\.(.+)"
-)
+# A key of the projector's, whatever the model is called; `seg_mm_projector.` and the like are a fork's further ones.
+_KEY = re.compile(r"(?:^|\.)mm_projector\.(.+)")
+# What peft, DDP, torch.compile and FSDP put into the names of a model that they wrap.
+_WRAPPER = re.compile(r"(?:^|\.)(?:base_model\.model|module|_orig_mod|_fsdp_wrapped_module)\.")
 
 
 class ProjectorWeightsError(ValueError):
@@ -175,7 +173,17 @@ def projector_keys(keys: Iterable[str]) -> dict[str, str]:
         >>> projector_keys(["lm_head.weight", "base_model.model.model.mm_projector.norm.bias"])
         {'norm.bias': 'base_model.model.model.mm_projector.norm.bias'}
     """
-    return {match[1]: key for key in keys for match in [_KEY.fullmatch(key)] if match}
+    found: dict[str, str] = {}
+    for key in keys:
+        match = _KEY.search(key)
+        if match and len(key) < len(found.get(match[1], key + ".")):  # of several models in one file, the outermost
+            found[match[1]] = key
+    return found
+
+
+def is_wrapped(key: str) -> bool:
+    """Whether a key is of a model inside peft, DDP, `torch.compile` or FSDP: a model by itself has no such name."""
+    return _WRAPPER.search(key) is not None
 
 
 def _indexed_tensors(index: Path) -> dict[str, StoredTensor]:

@@ -51,13 +51,19 @@ def train(original: Function, package: Package, trainer: Any, resume: Any = None
         refuse_other_run(trainer.model.config, folder)
         refuse_stage_1(folder)
         restore(trainer, folder)
+    _freeze_as_asked(trainer, True)
     with frozen_may_be_missing(trainer):
         result = original(trainer, resume, *args, **kwargs)
-    if trains_adapter_alone(trainer.model):
-        # LLaVA's script now saves, beside LoRA, what requires a gradient: a frozen projector would be saved nowhere.
-        for _, projector in weights.projectors_of(trainer.model):
-            projector.requires_grad_(True)
+    # LLaVA's script now saves, beside LoRA, what requires a gradient: a frozen projector would be saved nowhere.
+    _freeze_as_asked(trainer, False)
     return result
+
+
+def _freeze_as_asked(trainer: Any, freeze: bool) -> None:
+    """Of a LoRA run with `--freeze_mm_mlp_adapter`, which may train several times."""
+    if trains_adapter_alone(trainer.model) and getattr(trainer.model.config, "freeze_mm_mlp_adapter", False):
+        for _, projector in weights.projectors_of(trainer.model):
+            projector.requires_grad_(not freeze)
 
 
 def save_model(
@@ -176,9 +182,9 @@ def restore(trainer: Any, folder: str) -> None:
     is_adapter = trains_adapter_alone(trainer.model)
     path = os.path.join(folder, TRAINABLES)
     state = files.load_tensors(path) if is_adapter and os.path.isfile(path) else {}
-    found = set(state if is_adapter else weights.find_in_folder(folder).shapes)
+    found = set(state if is_adapter else weights.find_in_folder(folder).keys)
     for prefix, projector in weights.projectors_of(trainer.model):
-        names = [f"{prefix if is_adapter else ''}{name}" for name, _ in projector.named_parameters()]
+        names = [f"{prefix}{name}" for name, _ in projector.named_parameters()]
         lost = weights.problems(dict.fromkeys(names, ()), dict.fromkeys(found.intersection(names), ()))
         if lost:
             raise ProjectorWeightsError(

@@ -27,8 +27,8 @@ Shapes = dict[str, tuple[int, ...]]
 # An attribute of the projector, so that a copy of the model still knows.
 _AWAITED = "_awaited_weights"
 ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
-# How LLaVA's models call the projector, and files that can be loaded by them.
-PLACES = ("model.mm_projector.", "transformer.mm_projector.")
+# How most of LLaVA's models call the projector.
+PLACE = "model.mm_projector."
 
 
 # What is in a file or a state dict
@@ -47,9 +47,9 @@ class Found:
     keys: Collection[str]
 
 
-def _found(tensors: Mapping[str, Any], places: Optional[tuple[str, ...]] = None) -> Found:
-    """Of tensors by key, real or stored; only the keys in these places are LLaVA's to find."""
-    names = projector_keys(key for key in tensors if places is None or key.startswith(places))
+def _found(tensors: Mapping[str, Any]) -> Found:
+    """Of tensors by key, real or stored."""
+    names = projector_keys(tensors)
     return Found({name: tuple(tensors[key].shape) for name, key in names.items()}, tensors.keys())
 
 
@@ -76,7 +76,9 @@ def find_in_folder(folder: str) -> Found:
         ProjectorWeightsError: a file is missing, or cannot be read.
     """
     if files.has_weights(folder):
-        return _found(files.checkpoint_tensors(folder), PLACES)
+        found = _found(files.checkpoint_tensors(folder))
+        loaded = projector_keys(key for key in found.keys if not files.is_wrapped(key))
+        return Found({name: shape for name, shape in found.shapes.items() if name in loaded}, found.keys)
     paths = [os.path.join(folder, name) for name in ADAPTER_FILES]
     return _found({k: v for path in paths if os.path.isfile(path) for k, v in files.stored_tensors(path).items()})
 
@@ -133,7 +135,7 @@ def likely_cause(projector: Projector, found: Collection[str], keys: Collection[
     prefix = other_prefix(expected, keys) if expected.keys() - set(found) else None
     if prefix is not None:
         return (
-            f"All of them are there, but begin with {prefix!r}, and LLaVA's loader looks for {PLACES[0]!r}: save the "
+            f"All of them are there, but begin with {prefix!r}, and LLaVA's loader looks for {PLACE!r}: save the "
             "weights again with their keys renamed"
         )
     if not found:
@@ -156,8 +158,7 @@ def other_prefix(expected: Collection[str], keys: Collection[str]) -> Optional[s
     if first is None:
         return None
     prefixes = (key[: -len(first)] for key in keys if key == first or key.endswith(f".{first}"))
-    strange = (p for p in prefixes if p not in PLACES and all(f"{p}{name}" in keys for name in expected))
-    return next(strange, None)
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in keys for name in expected)), None)
 
 
 def identify(found: Collection[str]) -> Optional[str]:
@@ -309,10 +310,10 @@ def take_wrapped_keys(model: nn.Module) -> None:
 
 
 def _unwrap_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    for place, _projector in projectors_of(model):
-        own = f"{prefix}{place}"
-        if own.endswith(PLACES) and not any(key.startswith(own) for key in state_dict):
-            state_dict.update({f"{own}{name}": state_dict[key] for name, key in projector_keys(state_dict).items()})
+    places = [place for place, _ in projectors_of(model)]
+    own = f"{prefix}{places[0]}" if len(places) == 1 else ""  # of several, it is not known whose they are
+    if own and not any(key.startswith(own) for key in state_dict):
+        state_dict.update({f"{own}{name}": state_dict[key] for name, key in projector_keys(state_dict).items()})
 
 
 def projectors_of(model: nn.Module) -> Iterator[tuple[str, Projector]]:
