@@ -40,7 +40,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # For smoke: type strings, the gate, the sequence of tiles, and whole models of LLaVA's class.
 SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_model))
 
-.PHONY: check-next cuda-kit check-export check-export-on check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
+.PHONY: check-next cuda-kit check-export check-export-on check-training check-vllm demo test test-next test-transformers run-on-transformers lint bench forks smoke test-all clean
 
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
@@ -115,14 +115,16 @@ check-next: $(CHECK_NEXT)/.installed
 	git -C $(LLAVA_NEXT) log -1 --format='LLaVA-NeXT %h of %cs' || true
 	$(CHECK_NEXT)/bin/python -m pytest tests/next tests/next/check_llava_next.py
 
-$(EXPORT_RUN): $(STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
+$(EXPORT_RUN): $(STAMP) $(NEXT_STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new
 	$(BIN)/python tests/export/families.py $@.new
+	FAMILY_PACKAGE=llavaction LLAVA_PROJECTORS_PACKAGES=llavaction $(NEXT)/bin/python tests/export/families.py $@.new
 	rm -rf $@
 	mv $@.new $@
 
 check-export: $(EXPORT_RUN)
 	for version in $(EXPORT_TRANSFORMERS); do $(MAKE) check-export-on TRANSFORMERS=$$version || exit 1; done
+	$(MAKE) check-training TRANSFORMERS=$(lastword $(EXPORT_TRANSFORMERS))
 
 # First without this package, which the folders must not need; then with it.
 check-export-on: ENV = .venv-export-$(TRANSFORMERS)
@@ -133,6 +135,13 @@ check-export-on:
 	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_folders.py
 	$(ENV)/bin/python -m pip install -q --no-deps .
 	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_installed.py
+
+# Training and quantisation of the folders, without this package.
+check-training: ENV = .venv-export-$(TRANSFORMERS)
+check-training:
+	$(ENV)/bin/python -m pip uninstall -q -y llava-projectors
+	$(ENV)/bin/python -m pip install -q -c constraints-export.txt accelerate peft trl datasets bitsandbytes torchao
+	cd tests/export && EXPORTED=$(EXPORTED) $(CURDIR)/$(ENV)/bin/python $(CHECK) check_training.py
 
 # The registry's torchvision is built for CUDA: its operators are missing here, and nothing here calls them.
 # torchaudio and torchcodec, likewise, are not needed.

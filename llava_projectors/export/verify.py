@@ -118,7 +118,17 @@ def reference(
     tokenizer, model, processor = load_llava(source, base, package)
     if dtype is not None:
         round_weights(model, dtype)
-    return [ask(tokenizer, model, processor, *question, max_new_tokens, package) for question in questions]
+    known = known_tokens(source)
+    return [ask(tokenizer, model, processor, *question, max_new_tokens, package, known) for question in questions]
+
+
+def known_tokens(source: str) -> Optional[int]:
+    """Rows of a checkpoint's own head: LLaVA's loader may add tokens, whose rows are random."""
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source)
+    count: Optional[int] = config.get("vocab_size")
+    return count
 
 
 def round_weights(model: Any, dtype: torch.dtype) -> None:
@@ -128,19 +138,26 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def ask(
-    tokenizer: Any, model: Any, processor: Any, prompt: str, pictures: list[Any], max_new_tokens: int, package: str
+    tokenizer: Any,
+    model: Any,
+    processor: Any,
+    prompt: str,
+    pictures: list[Any],
+    max_new_tokens: int,
+    package: str,
+    known: Optional[int],
 ) -> Case:
-    """One prompt, as LLaVA's scripts ask it; see `reference`."""
+    """One prompt, as LLaVA's scripts ask it; see `reference` and `known_tokens`."""
     tools = importlib.import_module(f"{package}.mm_utils")
     image_token = importlib.import_module(f"{package}.constants").IMAGE_TOKEN_INDEX
     ids = tools.tokenizer_image_token(prompt, tokenizer, image_token, return_tensors="pt")[None]
     pixels = tools.process_images([picture.convert("RGB") for picture in pictures], processor, model.config)
     given: dict[str, Any] = {"images": pixels, "image_sizes": [picture.size for picture in pictures]}
-    known = inspect.signature(model.forward).parameters
-    if "modalities" in known:  # LLaVA-NeXT's scripts give a list
+    taken = inspect.signature(model.forward).parameters
+    if "modalities" in taken:  # LLaVA-NeXT's scripts give a list
         given = {**given, "images": list(pixels), "modalities": ["image"] * len(pictures)}
-    given = {name: value for name, value in given.items() if name in known}
-    logits = model(input_ids=ids, **given).logits[0]
+    given = {name: value for name, value in given.items() if name in taken}
+    logits = model(input_ids=ids, **given).logits[0, :, :known]
     settings = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     output = model.generate(ids, **given, do_sample=False, max_new_tokens=max_new_tokens, **settings)
     answer = output[0].tolist()
@@ -289,7 +306,8 @@ def verify(
     dtype = getattr(torch, config["torch_dtype"])
     tokenizer, model, processor = load_llava(source, base, package)
     round_weights(model, dtype)
-    cases = [ask(tokenizer, model, processor, *question, 24, package) for question in default_questions()]
+    known = known_tokens(source)
+    cases = [ask(tokenizer, model, processor, *question, 24, package, known) for question in default_questions()]
     differences = [
         *different_settings(config["text_config"], model.config),
         *different_ends(folder, model.generation_config),

@@ -121,3 +121,25 @@ def test_trl(folder, chats, tmp_path):
         peft_config=peft.LoraConfig(**LORA),
     )
     train(trainer)
+
+
+@pytest.mark.parametrize("how", ["bitsandbytes", "torchao"])
+def test_eight_bits(folder, chats, how):
+    """Projector and head stay as they are where the settings leave them out."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    left_out = ["multi_modal_projector", "lm_head"]
+    settings = {
+        "bitsandbytes": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out),
+        "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_out),
+    }[how]()
+    whole, processor = load(folder)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32, device_map="cpu", quantization_config=settings
+    )
+    ours, theirs = (dict(m.model.multi_modal_projector.named_parameters()) for m in (whole, model))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    down = model.model.language_model.layers[0].mlp.down_proj
+    assert type(down) is not torch.nn.Linear or type(down.weight.data) is not torch.Tensor
+    assert logits(model, processor, chats).isfinite().all()

@@ -24,8 +24,12 @@ from llava_projectors.export import compare, verify
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.tiny import assets
 
-# `llava` for LLaVA itself, or for a checkout of LLaVA-NeXT; `llavaction.llava` for its family from the registry.
+# `llava` for LLaVA itself, or for a checkout of LLaVA-NeXT; `llavaction` for its family from the registry.
 PACKAGE = os.environ.get("FAMILY_PACKAGE", "llava")
+if PACKAGE == "llavaction":
+    transformers.utils.import_utils.is_torchvision_available()  # False; a stand-in would be taken for the real one
+    sys.path.insert(0, str(Path(__file__).parents[1] / "next"))
+    sys.meta_path.append(importlib.import_module("family").StandIns())
 SIGLIP = "google/siglip-so400m-patch14-384"
 SIGLIP_SIDE, CLIP_SIDE = 384, 336
 ONE, WIDE, TALL, SMALL = (400, 390), (900, 330), (300, 800), (60, 40)
@@ -134,11 +138,11 @@ def byte_level(folder, special, **settings):
     return fast
 
 
-def make_llm(kind, folder):
+def make_llm(kind, folder, **sizes):
     """An LLM's checkpoint with large random weights, two of whose tokens end an answer."""
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
     }  # fmt: skip
     if kind in ("llama", "mistral"):
         assets.make_llm(folder, hidden_size=64, head_width=32)
