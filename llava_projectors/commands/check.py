@@ -10,7 +10,7 @@ from typing import Any, Optional
 from llava_projectors import files, registry
 from llava_projectors.commands.tower import builder_of
 from llava_projectors.integration import weights
-from llava_projectors.integration.tower import resolve_layers
+from llava_projectors.integration.tower import depth_and_choice, resolve_layers
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError, format_value
 
@@ -38,7 +38,8 @@ def check(
             headers of the weights are read.
         vision_tower: folder or hub name of a CLIP or SigLIP model; of it, the config is read.
         adapter: an `mm_projector.bin`.
-        select_layer: LLaVA's `mm_vision_select_layer`; default the checkpoint's, else -2.
+        select_layer: LLaVA's `mm_vision_select_layer`; default the checkpoint's, else -2. LLaVA-NeXT's SigLIP has
+            no choice.
 
     Returns:
         what was found right, in lines.
@@ -64,7 +65,7 @@ def check(
     vision = None if tower is None else _vision_config(tower)
     if vision is not None:
         chosen = getattr(config, "mm_vision_select_layer", -2) if select_layer is None else select_layer
-        layers = resolve_layers(resolved, vision.num_hidden_layers, chosen)
+        layers = resolve_layers(resolved, *depth_and_choice(vision.model_type, vision.num_hidden_layers, chosen))
         side = vision.image_size // vision.patch_size
         after = resolved.output_side(side)
         lines.append(

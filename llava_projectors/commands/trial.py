@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from llava_projectors import autoload, seam_names
+from llava_projectors.commands.trial_siglip import SIGLIP, make_siglip, siglip_at_hand
 from llava_projectors.files import ProjectorWeightsError
 from llava_projectors.integration import seams
 from llava_projectors.integration.tower import ReducedTower, find_tower, picture_size
@@ -215,8 +216,9 @@ def try_package(package: str, type_string: str, arguments: Mapping[str, str], st
         if missing is not None:
             return Report(rows, [missing])
         type_string = seams.our_name(package, type_string)
+    trials = [*try_siglip(classes, package, type_string, arguments, stock)] if "vision_tower" not in arguments else []
     make_tower(Path(TOWER))
-    trials = [try_model(cls, name, package, type_string, arguments, stock) for name, cls in classes.items()]
+    trials += [try_model(cls, name, package, type_string, arguments, stock) for name, cls in classes.items()]
     if not trials:
         causes = [watch.cause_of(error) for error in failures.values()]
         reason = import_failure(package, causes[0]) if causes else f"{package} has no class that ends in ForCausalLM"
@@ -302,6 +304,25 @@ def is_model(value: Any) -> bool:
         and hasattr(value, "get_model")
         and getattr(value, "config_class", None) is not None
     )
+
+
+def try_siglip(
+    classes: Mapping[str, type[nn.Module]], package: str, type_string: str, arguments: Mapping[str, str], stock: bool
+) -> Iterator[Trial]:
+    """A trial with SigLIP of each class that runs with it and a projector of LLaVA's own."""
+    cache = Path("hub").absolute()
+    try:
+        make_siglip(cache)
+    except ImportError:  # of an older transformers, in which no package's SigLIP runs either
+        return
+    settings = {**arguments, "vision_tower": SIGLIP}
+    with siglip_at_hand(package, cache):
+        for name, cls in classes.items():
+            try:
+                run_once(build(cls, package, STOCK_TYPE, settings))
+            except Exception:  # it knows no such tower, or cannot be run on tiny parts
+                continue
+            yield try_model(cls, f"{name} with SigLIP", package, type_string, settings, stock)
 
 
 def try_model(

@@ -481,6 +481,19 @@ def layers_of(tower: Any, tower_class: Any, resolved: ResolvedSpec) -> tuple[int
     return resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
 
 
+def depth_and_choice(model_type: str, num_layers: int, select_layer: int) -> tuple[int, int]:
+    """Layers of a tower, and the hidden state that LLaVA selects, by the checkpoint's config alone.
+
+    LLaVA-NeXT's SigLIP tower drops the last layer and offers no choice.
+
+    Args:
+        model_type: in the tower's config.
+        num_layers: in the tower's config.
+        select_layer: LLaVA's `mm_vision_select_layer`.
+    """
+    return (num_layers - 1, -1) if model_type == "siglip_vision_model" else (num_layers, select_layer)
+
+
 def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tuple[int, ...]:
     """Absolute indices of the hidden states to aggregate.
 

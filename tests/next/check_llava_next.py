@@ -14,6 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+COMMON_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 HERE = Path(__file__).parent
 LLMS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
@@ -154,26 +162,41 @@ def video_frames(path):
     return reader.get_batch(np.linspace(0, len(reader) - 1, 3, dtype=int).tolist()).asnumpy()
 
 
-@pytest.mark.parametrize("name", LLMS)
-def test_other_llms(root, name, tmp_path):
+def train_with(root, folder, name, projector_type):
+    """Two steps on the two samples of one picture, with a tiny LLM of another kind and the same tokenizer."""
     import transformers
 
     config, model, sizes = LLMS[name]
-    folder = tmp_path / f"{name}-tiny"
-    shutil.copytree(root / "qwen-tiny", folder)
+    llm = folder / f"{name}-tiny"
+    shutil.copytree(root / "qwen-tiny", llm)
     torch.manual_seed(1)
     settings = json.loads((root / "qwen-tiny" / "config.json").read_text())
-    common = {
-        key: settings[key]
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-    }
-    getattr(transformers, model)(getattr(transformers, config)(**common, **sizes)).save_pretrained(folder)
-    output = family.train(root, tmp_path / f"llava-{name}", "saep", model_name_or_path=folder)
-    assert len(family.losses(output)) == 2
+    common = {key: settings[key] for key in COMMON_SIZES}
+    getattr(transformers, model)(getattr(transformers, config)(**common, **sizes)).save_pretrained(llm)
+    data = folder / "pictures.json"
+    data.write_text(json.dumps(json.loads((root / "data" / "mixture.json").read_text())[:2]))
+    settings = {"model_name_or_path": llm, "data_path": data, "version": "plain"}
+    return family.train(root, folder / f"llava-{name}", projector_type, **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_other_llms(root, name, tmp_path):
+    losses = family.losses(train_with(root, tmp_path, name, "saep"))
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize("projector_type", ["saep", "mlp2x_gelu"])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("mistral", TypeError, "unexpected keyword argument 'modalities'"),
+        ("gemma", NameError, "LlavaGemmaForCausalLM"),
+        ("qwen-moe", NameError, "LlavaQwenMoeForCausalLM"),
+    ],
+)
+def test_llms_that_its_script_does_not_train_with_its_own_type_either(
+    root, name, error, message, projector_type, tmp_path
+):
+    with pytest.raises(error, match=message):
+        train_with(root, tmp_path, name, projector_type)

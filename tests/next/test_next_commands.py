@@ -1,4 +1,4 @@
-"""What stands beside training, on a checkpoint of this family: `show`, and the loading behind `export --verify`."""
+"""What stands beside training, on this family: `doctor`, `check`, `show`, and the loading behind `export --verify`."""
 
 import importlib
 import sys
@@ -10,6 +10,8 @@ from drive import llm_input
 from PIL import Image
 
 from llava_projectors.commands import cli
+from llava_projectors.commands.check import check
+from llava_projectors.commands.trial import WORKS, run_trial
 from llava_projectors.export.verify import load_llava
 
 
@@ -25,7 +27,8 @@ def as_llava(monkeypatch):
 @pytest.fixture
 def checkpoint(build, tmp_path):
     """What the script would have saved, on random weights."""
-    built = build("saep", **family.ANYRES, image_grid_pinpoints=family.PINPOINTS)
+    # The script's default layer is the last; its SigLIP does not ask.
+    built = build("saep", **family.ANYRES, mm_vision_select_layer=-1)
     folder = tmp_path / "llava-qwen"
     built.model.half().save_pretrained(folder)
     built.tokenizer.save_pretrained(folder)
@@ -46,3 +49,17 @@ def test_what_verify_compares_with_is_the_checkpoint_by_its_own_loader(as_llava,
     pixels = processor.preprocess(family.picture(*family.SQUARE), return_tensors="pt")["pixel_values"]
     ids = torch.tensor([[5, family.IMAGE_TOKEN, 6]])
     assert llm_input(model, input_ids=ids, images=pixels).shape[1] == 2 + 14**2
+
+
+def test_check_reads_siglip_as_this_family_does(checkpoint):
+    lines = check(None, str(checkpoint))
+    assert f"tower: {family.TOWER}, 27x27 -> 14x14, 729 -> 196 visual tokens, hidden states 4+7" in lines
+    assert f"checkpoint: {checkpoint}, every weight of the projector is there" in lines
+
+
+def test_doctor_tries_siglip_and_clip(tmp_path):
+    trials = {trial.model: trial for trial in run_trial(family.PACKAGE, "saep", {}, str(tmp_path)).trials}
+    for tower, seen in ((" with SigLIP", "729 -> 196"), ("", "576 -> 144")):
+        trial = trials[f"LlavaQwenForCausalLM{tower}"]
+        assert trial.verdict == WORKS
+        assert trial.reason.startswith(seen)
