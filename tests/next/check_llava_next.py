@@ -200,3 +200,34 @@ def test_llms_that_its_script_does_not_train_with_its_own_type_either(
 ):
     with pytest.raises(error, match=message):
         train_with(root, tmp_path, name, projector_type)
+
+
+def test_dpo(root, checkpoint, tmp_path):
+    picture = {"image": "square.png", "prompt": "<image>\nWhat is it?", "chosen": "squares", "rejected": "a circle"}
+    data = tmp_path / "preferences.json"
+    data.write_text(json.dumps([{"id": number, "answer": "squares", **picture} for number in range(2)]))
+    output = family.train(
+        root,
+        tmp_path / "llava-qwen-dpo",
+        "saep",
+        script="train.train_dpo",
+        model_name_or_path=checkpoint,
+        data_path=data,
+        per_device_train_batch_size=1,
+    )
+    assert len(family.losses(output)) == 2
+
+
+def test_siglip2_at_one_resolution_is_a_siglip(root, build):
+    name = "google/siglip2-so400m-patch14-384"
+    family.make_siglip(root / "hub", name)
+    built = build("saep", name)
+    assert built.model.get_vision_tower()(torch.zeros(1, 3, family.SIDE, family.SIDE)).shape == (1, 27**2, 2 * 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["OpenGVLab/InternViT-300M-448px", "apple/aimv2-large-patch14-336", "facebook/dinov2-large"]
+)
+def test_towers_that_its_builder_does_not_know_are_refused_by_it(build, name):
+    with pytest.raises(ValueError, match=f"^Unknown vision tower: {name}$"):
+        build("saep", name)

@@ -101,12 +101,12 @@ def prepare_process():
     torch.cuda.synchronize = lambda *_: None  # the script calls it before it saves
 
 
-def make_siglip(cache):
+def make_siglip(cache, name=TOWER):
     """A SigLIP vision checkpoint with random weights, where the hub's client looks for it."""
     encoder = module("model.multimodal_encoder.siglip_encoder")
     torch.manual_seed(0)
     config = encoder.SigLipVisionConfig()
-    snapshot = snapshot_folder(cache, TOWER)
+    snapshot = snapshot_folder(cache, name)
     encoder.SigLipVisionModel(config).save_pretrained(snapshot)
 
 
@@ -266,9 +266,9 @@ def arguments_of(root, output, projector_type, **options):
     return [text for name, value in settings.items() if value is not None for text in (f"--{name}", str(value))]
 
 
-def train(root, output, projector_type, **options):
+def train(root, output, projector_type, script="train.train", **options):
     """Run the package's `train()` in this process; returns the folder."""
-    script = module("train.train")
+    script = module(script)
     before = sys.argv, module("conversation").default_conversation
     sys.argv = ["train.py", *arguments_of(root, output, projector_type, **options)]
     torch.manual_seed(0)

@@ -104,6 +104,13 @@ def test_a_checkpoint_is_loaded_to_the_same_bits_and_answers(checkpoint):
     assert all(len(ids[0]) > 0 for ids in first)
 
 
+def test_a_later_stage_goes_on_from_a_checkpoint(root, checkpoint, tmp_path):
+    """As the stages of OneVision do: the projector is the checkpoint's, without an adapter."""
+    output = family.train(root, tmp_path / "llava-qwen-ov", "saep", model_name_or_path=checkpoint)
+    assert_trained(output)
+    assert family.losses(output)[0] < family.losses(checkpoint)[0]
+
+
 def test_lora(root, adapter, tmp_path):
     weights = adapter("saep") / "mm_projector.bin"
     output = family.train(
