@@ -17,12 +17,12 @@ from llava_projectors.integration.truncated_encoder import keeping
 @pytest.fixture(scope="module")
 def towers(tiny):
     """type string, keyword arguments -> a tower from LLaVA's (patched) builder."""
-    from llava.model.multimodal_encoder.builder import build_vision_tower
+    from llava.model.multimodal_encoder import builder
 
     def make(projector_type, delay_load=False, **settings):
         defaults = {"mm_vision_tower": str(tiny.tower), "mm_vision_select_layer": -2}
         cfg = SimpleNamespace(mm_projector_type=projector_type, **{**defaults, **settings})
-        return build_vision_tower(cfg, delay_load=delay_load)
+        return builder.build_vision_tower(cfg, delay_load=delay_load)  # a test here patches it anew
 
     return make
 
