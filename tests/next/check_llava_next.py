@@ -1,6 +1,7 @@
 """What is run by hand on LLaVA-NeXT itself, beside the tests of this folder: `make check-next LLAVA_NEXT=DIR`."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -63,38 +64,35 @@ def environment(root):
     }
 
 
-def run(command, root, **options):
+def run(command, **options):
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout + done.stderr
 
 
-def test_zero2_on_two_ranks_takes_the_steps_of_one_process(root, tmp_path):
-    """In float32 as far as the script allows; each rank has one of two equal samples, a picture and a video."""
-    mixture = json.loads((root / "data" / "mixture.json").read_text())
-    data = tmp_path / "two.json"
-    data.write_text(json.dumps([mixture[0], {**mixture[0], "id": 9}]))
+def run_ranks(ranks, script, root, folder, output, **settings):
+    """A script of the package with ZeRO-2 in so many processes, one sample each; returns what they printed."""
     auto = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
-    zero2 = tmp_path / "zero2.json"
-    zero2.write_text(
-        json.dumps(
-            {
-                **auto,
-                "bf16": {"enabled": "auto"},
-                "zero_optimization": {"stage": 2},
-                "zero_allow_untested_optimizer": True,
-            }
-        )
-    )
-    settings = {"data_path": data, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1e9}
-    one = family.train(root, tmp_path / "llava-qwen-one", "saep", per_device_train_batch_size=2, **settings)
-    output = tmp_path / "llava-qwen-ranks"
+    stage = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    zero2 = folder / "zero2.json"
+    zero2.write_text(json.dumps({**auto, **stage}))
     arguments = family.arguments_of(
         root, output, "saep", per_device_train_batch_size=1, deepspeed=zero2, use_cpu=None, **settings
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(HERE / "ranks.py"), *arguments]
-    printed = run(command, root, env={**environment(root), "DS_ACCELERATOR": "cpu"})
+    launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(HERE / "ranks.py"), script, *arguments]
+    return run(command, env={**environment(root), "DS_ACCELERATOR": "cpu"})
+
+
+def test_zero2_on_two_ranks_takes_the_steps_of_one_process(root, tmp_path):
+    """Each rank has one of two equal samples; SGD, whose steps are linear in the gradients."""
+    first, *_ = json.loads((root / "data" / "mixture.json").read_text())
+    data = tmp_path / "two.json"
+    data.write_text(json.dumps([first, {**first, "id": 9}]))
+    settings = {"data_path": data, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1e9}
+    one = family.train(root, tmp_path / "llava-qwen-one", "saep", per_device_train_batch_size=2, **settings)
+    output = tmp_path / "llava-qwen-ranks"
+    printed = run_ranks(2, "train.train", root, tmp_path, output, **settings)
     assert printed.count("llava_projectors: saep: 729 -> 196") == 1
     assert family.losses(output) == pytest.approx(family.losses(one), rel=0.02)
 
@@ -119,7 +117,7 @@ def test_lmms_eval_gives_the_answers_of_the_packages_own_loader(root, checkpoint
         *("--include_path", str(HERE), "--batch_size", "1", "--log_samples", "--output_path", "out"),
         *("--model_args", f"pretrained={checkpoint},device=cpu,device_map=auto,attn_implementation=sdpa{arguments}"),
     ]
-    printed = run(command, root, cwd=tmp_path, env={**environment(root), "HF_DATASETS_OFFLINE": "1"})
+    printed = run(command, cwd=tmp_path, env={**environment(root), "HF_DATASETS_OFFLINE": "1"})
     samples = list((tmp_path / "out").rglob("*samples*.jsonl"))
     assert len(samples) == 1, printed[-5000:]  # it logs a failure and ends well
     answers = [json.loads(line)["filtered_resps"] for line in samples[0].read_text().splitlines()]
@@ -203,19 +201,16 @@ def test_llms_that_its_script_does_not_train_with_its_own_type_either(
 
 
 def test_dpo(root, checkpoint, tmp_path):
+    """At the first step the policy is the reference: the loss is log 2."""
     picture = {"image": "square.png", "prompt": "<image>\nWhat is it?", "chosen": "squares", "rejected": "a circle"}
     data = tmp_path / "preferences.json"
     data.write_text(json.dumps([{"id": number, "answer": "squares", **picture} for number in range(2)]))
-    output = family.train(
-        root,
-        tmp_path / "llava-qwen-dpo",
-        "saep",
-        script="train.train_dpo",
-        model_name_or_path=checkpoint,
-        data_path=data,
-        per_device_train_batch_size=1,
-    )
-    assert len(family.losses(output)) == 2
+    output = tmp_path / "llava-qwen-dpo"
+    settings = {"model_name_or_path": checkpoint, "data_path": data, "mm_newline_position": None}
+    run_ranks(1, "train.train_dpo", root, tmp_path, output, **settings)
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[1]["losses/dpo"] < history[0]["losses/dpo"]
 
 
 def test_siglip2_at_one_resolution_is_a_siglip(root, build):
