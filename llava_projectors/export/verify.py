@@ -216,7 +216,9 @@ class Assembled:
         layers = self.config["vision_feature_layer"]
         tokens = self.projector(torch.cat([states[layer][:, int(has_cls) :] for layer in layers], -1))
         layout, embed = layout_of(self.config["image_layout"]), self.llm.get_input_embeddings()
-        extra = embed(torch.tensor(layout.separators)) if isinstance(layout, Slices) else self.newline
+        extra = self.newline if layout.newline else None
+        if isinstance(layout, Slices):
+            extra = embed(torch.tensor(layout.separators))
         pictures = iter(pack_pictures(layout, list(tokens), data.get("image_sizes"), extra))
         ids = self.tokenizer(case["prompt"], return_tensors="pt").input_ids[0]
         image = self.config["image_token_index"]

@@ -34,7 +34,7 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
         image_mean: of each channel, of values from 0 to 1.
         image_std: likewise.
         resample: PIL's number of the filter.
-        size: in the file it stands in the way of other image processors; here it is a picture of most positions.
+        size: in the file, where it stands in the way of other image processors.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]  # noqa: RUF012
@@ -58,8 +58,6 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
         self.image_mean = image_mean
         self.image_std = image_std
         self.resample = resample
-        height, width = self.layout.largest_size()
-        self.size = {"height": max(height, tile_side), "width": max(width, tile_side)}
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with what other image processors cannot read."""
@@ -71,6 +69,12 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
     def layout(self) -> Layout:
         """How pictures become tiles."""
         return layout_of(self.image_layout)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Of a picture with the most positions; vLLM measures its memory with one."""
+        height, width = self.layout.largest_size()
+        return {"height": max(height, self.tile_side), "width": max(width, self.tile_side)}
 
     @property
     def crop_size(self) -> dict[str, int]:

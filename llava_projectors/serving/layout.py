@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar, Optional, Union
 
 import torch
@@ -182,9 +183,16 @@ class AnyResolution:
         ends = newline.to(tokens).expand(grid.shape[0], 1, -1)
         return torch.cat([base, torch.cat([grid, ends], dim=1).flatten(0, 1)])
 
+    @cache  # noqa: B019 (it is a value)
     def largest_size(self) -> Size:
         """A picture with the most positions."""
         sizes = [(height, width) for width, height in self.resolutions]
+        if self.most_tiles is not None:
+            # Interpolation rounds down, so a picture that covers fewer rows or columns may keep more of them.
+            shares = [n / 64 for n in range(16, 64)]
+            sizes += [(round(height * share), width) for height, width in sizes for share in shares]
+            sizes += [(height, round(width * share)) for width, height in self.resolutions for share in shares]
+            sizes += [(3 * height, 3 * width) for height, width in sizes]
         return max(sizes, key=self.positions)
 
 
