@@ -74,23 +74,23 @@ def is_registered(type_string: Any) -> TypeGuard[str]:
     name = base_name(type_string)
     if name in registration.classes:
         return True
-    return registration.LLAVA_TYPES.fullmatch(name) is None and name in list_projectors()
+    return registration.LLAVA_TYPE_PATTERN.fullmatch(name) is None and name in list_projectors()
 
 
-LLAVAS_TYPES = ("linear", "mlp2x_gelu", "identity")
+LLAVA_TYPES = ("linear", "mlp2x_gelu", "identity")
 
 
 def unknown_type(type_string: Any) -> ProjectorSpecError:
     """The error for a name that is none of this package's."""
     name = str(type_string).partition(":")[0]
     ours = list_projectors()
-    if name in LLAVAS_TYPES:
+    if name in LLAVA_TYPES:
         return ProjectorSpecError(
             f"{name!r} is a projector type of LLaVA's own; llava_projectors has {', '.join(ours)}"
         )
     return ProjectorSpecError(
         f"unknown projector type {type_string!r}: llava_projectors has {', '.join(ours)}; "
-        f"LLaVA has {', '.join(LLAVAS_TYPES)}{suggest(name, [*ours, *LLAVAS_TYPES])}"
+        f"LLaVA has {', '.join(LLAVA_TYPES)}{suggest(name, [*ours, *LLAVA_TYPES])}"
     )
 
 

@@ -278,8 +278,8 @@ def test_adapters_of_wrapped_models_are_taken_at_every_door(
         path = path.rename(folder / file)
         base = LlavaLlamaForCausalLM.from_pretrained(tiny.llm)
         get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
-    assert f"{folder}, every weight" in check(None, str(folder))[2]
-    assert "fits, and all its numbers are finite" in check("saep", adapter=str(path))[2]
+    assert f"checkpoint: {folder}, every weight of the projector is there" in check(None, str(folder))
+    assert f"adapter: {path}, fits, and all its numbers are finite" in check("saep", adapter=str(path))
     assert {k for k in read_checkpoint(folder, tiny.llm).weights if "mm_projector" in k} == set(saved)
     model = LlavaLlamaForCausalLM.from_pretrained(tiny.llm).get_model()
     model.initialize_vision_modules(model_args("saep", pretrain_mm_mlp_adapter=str(path)))

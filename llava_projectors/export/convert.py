@@ -105,7 +105,7 @@ def _our_type(config: Mapping[str, Any], source: Path) -> str:
     type_string = config.get("mm_projector_type")
     if type_string is None:
         raise ExportError(f"{source} has no projector: its config.json has no mm_projector_type")
-    if registration.LLAVA_TYPES.fullmatch(type_string):
+    if registration.LLAVA_TYPE_PATTERN.fullmatch(type_string):
         raise ExportError(
             f"{source} has LLaVA's own projector {type_string!r}: for it use transformers' "
             "convert_llava_weights_to_hf.py, or the checkpoints under llava-hf on the hub; this exports the types "

@@ -21,7 +21,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from llava_projectors.registry import LLAVAS_TYPES
+from llava_projectors.registry import LLAVA_TYPES
 
 # What LLaVA-1.5's config says and a builder may look at. No weight of these sizes is ever made.
 _CONFIG = {
@@ -97,7 +97,7 @@ class ProjectorBuilder:
         if answer.way != unknown.way:
             return answer.words
         # From the last, `identity`: it has no parameters, which DeepSpeed's zero.Init would partition.
-        if all(self._ask(known).way == unknown.way for known in reversed(LLAVAS_TYPES)):
+        if all(self._ask(known).way == unknown.way for known in reversed(LLAVA_TYPES)):
             return "refuses LLaVA's own types as well"
         return None
 

@@ -14,9 +14,6 @@ from llava_projectors.integration.builders import ProjectorBuilder, is_asking
 from llava_projectors.integration.log import log
 from llava_projectors.spec import PREFIX, base_name
 
-# Where LLaVA and its forks keep the type string, in configs and arguments alike.
-TYPE_SETTING = "mm_projector_type"
-
 
 @dataclass
 class Package:
@@ -66,7 +63,7 @@ def is_ours(settings: Any, package: Package) -> bool:
         settings: anything; only its `mm_projector_type` is looked at.
         package: where it comes from.
     """
-    return is_our_type(getattr(settings, TYPE_SETTING, None), package)
+    return is_our_type(getattr(settings, "mm_projector_type", None), package)
 
 
 def is_our_type(type_string: Any, package: Package) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from llava_projectors import files, registry
 from llava_projectors.integration import high_resolution, layout, record, weights
 from llava_projectors.integration.builders import is_asking
-from llava_projectors.integration.gate import TYPE_SETTING, Package, is_our_type
+from llava_projectors.integration.gate import Package, is_our_type
 from llava_projectors.integration.llm_settings import refuse_contradictions
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
@@ -61,7 +61,7 @@ def build_other_projector(
     except ValueError as error:
         if is_asking() or "unknown projector" not in str(error).lower():
             raise
-        type_string = getattr(settings[0], TYPE_SETTING, None)
+        type_string = getattr(settings[0], "mm_projector_type", None)
         if registry.is_registered(type_string):
             raise ProjectorSpecError(f"{error}. {package.left(type_string)}") from error.__cause__
         raise registry.unknown_type(type_string) from error.__cause__

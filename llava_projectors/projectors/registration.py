@@ -9,7 +9,7 @@ from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import Option, declared_options
 
 # LLaVA's own names: taking one over would change models that do not use this package.
-LLAVA_TYPES = re.compile(r"linear|identity|mlp\d+x_gelu")
+LLAVA_TYPE_PATTERN = re.compile(r"linear|identity|mlp\d+x_gelu")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 ProjectorClass = TypeVar("ProjectorClass", bound=type[Projector])
@@ -42,7 +42,7 @@ def register_projector(name: str) -> Callable[[ProjectorClass], ProjectorClass]:
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"projector name {name!r} must be lower-case letters, digits and underscores")
-    if LLAVA_TYPES.fullmatch(name):
+    if LLAVA_TYPE_PATTERN.fullmatch(name):
         raise ValueError(f"projector name {name!r} is LLaVA's own; choose another")
 
     def register(cls: ProjectorClass) -> ProjectorClass:

@@ -15,7 +15,7 @@ from llava_projectors.integration.image_processor import SlicingProcessor, set_s
 from llava_projectors.integration.loader import load
 from llava_projectors.integration.log import log
 from llava_projectors.projectors.base import Projector
-from llava_projectors.projectors.registration import LLAVA_TYPES
+from llava_projectors.projectors.registration import LLAVA_TYPE_PATTERN
 from llava_projectors.spec import base_name
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -78,7 +78,7 @@ def random_model(type_string: str, patch_num: Optional[int] = None, width: int =
     from llava_projectors.integration.tower import resolve_layers
     from llava_projectors.integration.truncated_encoder import can_keep, keeping
 
-    if LLAVA_TYPES.fullmatch(base_name(type_string)):
+    if LLAVA_TYPE_PATTERN.fullmatch(base_name(type_string)):
         raise ValueError(f"type {type_string!r} is LLaVA's own, which gives every patch a token of its own")
     torch.manual_seed(0)
     config = CLIPVisionConfig(
