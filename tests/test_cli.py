@@ -116,7 +116,7 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
         ([], "nothing to check: give a TYPE, or --model-path"),
         (
             ["saep", "--adapter", "nothing/mm_projector.bin"],
-            "cannot check: there is no file nothing/mm_projector.bin\n",
+            "cannot read nothing/mm_projector.bin: No such file or directory",
         ),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments

@@ -151,9 +151,6 @@ def run(arguments: argparse.Namespace) -> int:
             adapter=arguments.adapter,
             select_layer=arguments.select_layer,
         )
-    except FileNotFoundError as error:
-        print(f"cannot check: there is no file {error.filename}", file=sys.stderr)
-        return 1
     except (OSError, ValueError) as error:
         print(f"does not fit: {error}", file=sys.stderr)
         return 1
