@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ SIDE = 12
 
 def quantised(module: nn.Module, bits: int) -> nn.Module:
     """A copy with bitsandbytes' layers in the place of every `nn.Linear`, with the settings of LLaVA's loader."""
-    import bitsandbytes as bnb
-
+    bnb: Any = importlib.import_module("bitsandbytes")
     module = copy.deepcopy(module)
     for parent in list(module.modules()):
         for name, linear in list(parent.named_children()):

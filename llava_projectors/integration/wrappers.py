@@ -95,7 +95,15 @@ def construct_model(original: Function, package: Package, model: Any, *args: Any
     """For `__init__(self, config)` of LLaVA's meta model, which builds tower and projector of a checkpoint."""
     original(model, *args, **kwargs)
     give_other_readers_one_layer(model)
+    keep_whole(model)
     announce(model)
+
+
+def keep_whole(model: Any) -> None:
+    """Let `device_map="auto"` put the projector on one device: its forward uses weights of its parts together."""
+    projector = getattr(model, "mm_projector", None)
+    if isinstance(projector, Projector):
+        model._no_split_modules = [*(model._no_split_modules or []), type(projector).__name__]
 
 
 def settings_of_training(arguments: Arguments) -> tuple[Any, ...]:
