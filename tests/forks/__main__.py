@@ -107,6 +107,7 @@ def examine(row, options, processes, data):
         "checkout": str(checkout / row.below),
         "scripts": str(checkout),
         "width": row.width,
+        "types": row.types,
         "stand_ins": row.stand_ins,
         "log": str(options.results.resolve() / f"{row.folder}.log"),
     }

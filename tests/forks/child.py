@@ -120,7 +120,7 @@ def its_names(package):
     """Of our names, those that the gate leaves to the fork, and those that the fork's own builders build."""
     known = seams._packages.get(package)
     builders = known.projector_builders if known else ()
-    found = {"kept": [name for name in list_projectors() if known and known.reason_to_keep(name)], "built": []}
+    found = {"kept": [name for name in list_projectors() if builders and known.reason_to_keep(name)], "built": []}
     for name in list_projectors():
         settings = SimpleNamespace(mm_projector_type=name, mm_hidden_size=1024, hidden_size=4096, scale_factor=2)
         for builder in builders:
@@ -137,7 +137,7 @@ SCRIPTS = (".sh", ".slurm", ".json", ".yaml", ".yml", ".md", ".txt")
 
 def own_types(job):
     """The fork's default type, and every type that its scripts and configs name."""
-    found = [own_type(job)]
+    found = [own_type(job), *job["types"]]
     for path in sorted(Path(job["scripts"]).rglob("*")):
         if path.suffix in SCRIPTS and path.is_file() and path.stat().st_size < 10**6:
             text = path.read_text(errors="replace")

@@ -22,7 +22,7 @@ EXTRAS = (
     "decord", "pytorchvideo", "fvcore", "iopath", "parameterized", "yacs", "portalocker", "ftfy", "wcwidth",
     "ezcolorlog", "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf",
     "antlr4-python3-runtime==4.9.3", "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely",
-    "networkx", "tifffile", "lazy_loader", "easydict", "termcolor", "pycocotools",
+    "networkx", "tifffile", "lazy_loader", "easydict", "termcolor", "pycocotools", "tabulate",
 )  # fmt: skip
 
 USUAL_TYPE = "saep"
@@ -44,6 +44,7 @@ class Row:
         tower: its usual one is another than CLIP, and was not tried.
         type_string: the projector it is tried with; a tower without hidden states needs one layer.
         width: channels of the tower, where its own projector has them written into its code.
+        types: of its own, that its builder has under a name of ours and no script names.
         train: module of its training script; None when it cannot run here.
         train_arguments: what its script needs beyond LLaVA's.
     """
@@ -59,6 +60,7 @@ class Row:
     tower: str = "CLIP"
     type_string: str = USUAL_TYPE
     width: int = 32
+    types: tuple[str, ...] = ()
     train: Optional[str] = "train.train"
     train_arguments: dict[str, str] = field(default_factory=dict)
 
@@ -74,7 +76,7 @@ ROWS = (
         train_arguments={"bf16": "True"}),
     Row("ViP-LLaVA", "WisconsinAIVision/ViP-LLaVA", "llava", arguments={"vision_tower": "clip_4layers_336"},
         train_arguments={"vision_tower": "TOWER"}),
-    Row("TinyLLaVABench", "DLCV-BUAA/TinyLLaVABench", "tinyllava"),
+    Row("TinyLLaVABench", "DLCV-BUAA/TinyLLaVABench", "tinyllava", types=("resampler",)),
     Row("RLAIF-V", "RLHF-V/RLAIF-V", "llava", train=None),
     Row("LLaVA-MORE", "aimagelab/LLaVA-MORE", "src.llava", "4.45.2"),
     Row("Bunny", "BAAI-DCAI/Bunny", "bunny", "4.39.3", stand_ins=("xformers", "s2wrapper")),
@@ -123,11 +125,11 @@ ROWS = (
     Row("ShareGPT4Video", "ShareGPT4Omni/ShareGPT4Video", "llava"),
     Row("quilt-llava", "aldraus/quilt-llava", "llava", "4.31.0"),
     Row("Vitron", "SkyworkAI/Vitron", "vitron", "4.31.0"),
-    Row("CuMo", "SHI-Labs/CuMo", "cumo"),
+    Row("CuMo", "SHI-Labs/CuMo", "cumo", arguments={"scales": "1, 3", "num_experts": "4", "num_selected": "2"}),
     Row("TRIM", "FreedomIntelligence/TRIM", "llava"),
-    Row("HiDe-LLaVA", "Ghy0501/HiDe-LLaVA", "llava", "4.31.0"),
+    Row("HiDe-LLaVA", "Ghy0501/HiDe-LLaVA", "llava", "4.31.0", stand_ins=("bitsandbytes",)),
     Row("VideoLLaMA2", "DAMO-NLP-SG/VideoLLaMA2", "videollama2", "4.41.2"),
-    Row("vstar", "penghao-wu/vstar", "llava", "4.31.0", below="LLaVA"),
+    Row("vstar", "penghao-wu/vstar", "LLaVA.llava", "4.31.0"),
     Row("ml-slowfast-llava", "apple/ml-slowfast-llava", "llava", "4.39.3", below="slowfast_llava"),
     Row("conv-llava", "alibaba/conv-llava", "llava", "4.39.3"),
     Row("DoRA", "NVlabs/DoRA", "llava", "4.31.0", below="visual_instruction_tuning"),
@@ -136,9 +138,8 @@ ROWS = (
     Row("InternVL", "OpenGVLab/InternVL", "llava", below="internvl_chat_llava"),
     Row("LLaVAction", "AdaptiveMotorControlLab/LLaVAction", "llavaction", "4.41.2"),
     Row("matryoshka-mm", "mu-cai/matryoshka-mm", "llava"),
-    Row("HuatuoGPT-Vision", "FreedomIntelligence/HuatuoGPT-Vision", "llava"),
-    Row("dynamic_llava", "Osilly/dynamic_llava", "llava"),
-    Row("Inverse-LLaVA", "xuhuizhan5/Inverse-LLaVA", "llava"),
+    Row("dynamic_llava", "Osilly/dynamic_llava", "llava", types=("tokenpacker",)),
+    Row("Inverse-LLaVA", "xuhuizhan5/Inverse-LLaVA", "llava", stand_ins=("torch_geometric",)),
     Row("MQT-LLaVA", "gordonhu608/MQT-LLaVA", "llava"),
     Row("LITA", "NVlabs/LITA", "lita", "4.31.0"),
     Row("VTimeLLM", "huangb23/VTimeLLM", "vtimellm", "4.31.0"),
