@@ -109,19 +109,19 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _refuse_windows(settings: Mapping[str, Any], most_tokens: Optional[int], source: Path) -> None:
-    """Raise for windows of Qwen2 that its sequences reach.
+    """Raise for a window of attention that sequences reach.
 
-    4.41 applies them to other layers than later versions, and, without flash attention, even when they are off.
+    4.37 and 4.41 let a token see one more than the window; later versions do not. Qwen2 has it in other layers too
+    and, without flash attention, even when it is switched off.
     """
-    if "use_sliding_window" not in settings:
-        return
-    longest = min(settings["max_position_embeddings"], most_tokens or settings["max_position_embeddings"])
-    if settings["use_sliding_window"] or (settings["sliding_window"] or longest) < longest:
+    window, longest = settings.get("sliding_window"), settings["max_position_embeddings"]
+    longest = min(longest, most_tokens or longest)
+    if settings.get("use_sliding_window") or (window or longest) < longest:
         raise ExportError(
-            f"{source} has use_sliding_window {settings['use_sliding_window']} and sliding_window "
-            f"{settings['sliding_window']}, and sequences of up to {longest} tokens: the versions of transformers that "
-            "LLaVA runs on apply the window to other layers than later ones. If it was trained with full attention "
-            f"everywhere (flash attention), set sliding_window {longest} and use_sliding_window false in config.json"
+            f"{source} has sliding_window {window}, and sequences of up to {longest} tokens: the versions of "
+            "transformers that LLaVA runs on apply the window otherwise than later ones. To export it for sequences "
+            f"that do not reach it, set tokenizer_model_max_length {window} (and use_sliding_window false) in its "
+            "config.json"
         )
 
 

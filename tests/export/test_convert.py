@@ -364,7 +364,7 @@ def test_a_mistral_llm(trained, tmp_path):
     source = tmp_path / "llava-mistral"
     shutil.copytree(trained("saep").checkpoint, source)
     config = json.loads((source / "config.json").read_text())
-    for window in (512, None):  # None is no window at all, and not the class's default
+    for window in (4096, None):  # None is no window at all, and not the class's default
         config |= {"model_type": "llava_mistral", "sliding_window": window}
         (source / "config.json").write_text(json.dumps(config))
         out = tmp_path / f"out-{window}"

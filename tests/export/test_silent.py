@@ -271,23 +271,27 @@ def test_verify_sees_other_pixels(broken):
 
 def test_another_image_processor_stops(exported):
     """It would take the settings, and do something else."""
-    with pytest.raises(ValueError, match="trust_remote_code=True, or pip install llava-projectors"):
+    with pytest.raises(ValueError, match="trust_remote_code=True, or install llava-projectors"):
         transformers.CLIPImageProcessor.from_pretrained(exported[0])
 
 
 @pytest.mark.parametrize(
     ("change", "is_refused"),
     [
-        ({"use_sliding_window": False, "sliding_window": 4096}, False),
-        ({"use_sliding_window": False, "sliding_window": 1024}, True),
-        ({"use_sliding_window": True, "sliding_window": 4096}, True),
+        ({"model_type": "llava_qwen", "use_sliding_window": False, "sliding_window": 4096}, False),
+        ({"model_type": "llava_qwen", "use_sliding_window": False, "sliding_window": 1024}, True),
+        ({"model_type": "llava_qwen", "use_sliding_window": True, "sliding_window": 4096}, True),
+        ({"model_type": "llava_mistral", "sliding_window": 4096}, False),
+        ({"model_type": "llava_mistral", "sliding_window": 1024}, True),
+        ({"model_type": "llava_mistral", "sliding_window": None}, False),
+        ({"model_type": "llava_llama", "sliding_window": 1024}, False),  # a Mistral base, trained as a Llama
     ],
 )
-def test_windows_of_qwen2(change, is_refused, tmp_path):
-    """transformers 4.41 applies them where later versions do not."""
-    config = {"model_type": "llava_qwen", "max_position_embeddings": 8192, "tokenizer_model_max_length": 4096, **change}
+def test_windows_of_attention(change, is_refused, tmp_path):
+    """Versions apply them in different ways, where sequences reach them."""
+    config = {"max_position_embeddings": 8192, "tokenizer_model_max_length": 4096, **change}
     if not is_refused:
         assert text_config(config, tmp_path)["max_position_embeddings"] == 8192
         return
-    with pytest.raises(ExportError, match="and sequences of up to 4096 tokens.*set sliding_window 4096"):
+    with pytest.raises(ExportError, match="and sequences of up to 4096 tokens.*tokenizer_model_max_length"):
         text_config(config, tmp_path)
