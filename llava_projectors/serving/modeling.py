@@ -87,7 +87,8 @@ class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         # `device_map="auto"` puts it on one device: its forward uses weights of its parts together.
-        self._no_split_modules = [*(self._no_split_modules or []), type(self.multi_modal_projector).__name__]
+        unsplit: Any = getattr(self, "_no_split_modules", None) or ()
+        self._no_split_modules = [*unsplit, type(self.multi_modal_projector).__name__]
         self.language_model = AutoModel.from_config(config.text_config)
         self.layout = layout_of(config.image_layout)
         if self.layout.newline:
