@@ -75,7 +75,7 @@ def build_tower(original: Function, package: Package, cfg: Any, *args: Any, **kw
     load_now = not kwargs.pop("delay_load", False)
     seen = vars(cfg).pop(_SEEN_TOWER, None)
     if seen is not None and not (args or kwargs):
-        if load_now and not seen.is_loaded:
+        if load_now and not getattr(seen, "is_loaded", True):
             seen.load_model()
         return seen
     with watched() as reports:  # some load their weights at once
