@@ -113,7 +113,7 @@ check-next: export PYTHONPATH = $(abspath $(LLAVA_NEXT))
 check-next: $(CHECK_NEXT)/.installed
 	$(PIP) --python $(CHECK_NEXT)/bin/python install -q --no-deps lmms-eval==0.7.3
 	git -C $(LLAVA_NEXT) log -1 --format='LLaVA-NeXT %h of %cs' || true
-	$(CHECK_NEXT)/bin/python -m pytest tests/next tests/next/check_llava_next.py
+	$(CHECK_NEXT)/bin/python -m pytest -o python_files='test_*.py check_*.py' tests/next
 
 $(EXPORT_RUN): $(STAMP) $(NEXT_STAMP) $(shell find llava_projectors tests/export tests/drive.py -name '*.py')
 	$(BIN)/python tests/export/make_folders.py $@.new

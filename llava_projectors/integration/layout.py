@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import torch
 
-from llava_projectors.integration.log import log, logger
+from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import ReducedTower, find_tower
 from llava_projectors.seam_names import INPUTS_PREPARER
 
@@ -96,7 +96,7 @@ def _announce_frames(model: Any, tower: Any) -> None:
     if left_out:
         share = 1 - (1 - left_out / side) ** 2
         option = tower.projector_spec.cls.stride_option
-        logger().warning(
+        log(
             f"WARNING: mm_spatial_pool_mode {mode!r} leaves out the last {left_out} of {side} rows and columns of each "
             f"frame of a video, {share:.0%} of it: set mm_spatial_pool_mode bilinear, or train with a {option} that "
             f"gives an even grid ({_even_strides(tower)})"
