@@ -297,6 +297,30 @@ def test_towers_without_cls_token_and_feature_select(siglip, projector_type, lay
     assert (tower.num_patches_per_side, tower.num_patches) == (side, side**2)
 
 
+class ShortenedSigLip(getattr(transformers, "SiglipVisionModel", object)):
+    """As DenseConnector's and TinyLLaVABench's: the model itself deletes its last layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.vision_model.encoder.layers[-1:]
+
+
+def test_a_vision_model_that_deletes_its_last_layer_itself(siglip):
+    class Tower(siglip):
+        def load_model(self):
+            self.vision_tower = ShortenedSigLip(self.config)
+            self.is_loaded = True
+
+    tower = Tower()
+    convert_tower(tower, registry.resolve("saep:stride=3"))
+    tower.load_model()
+    assert tower.projector_layers == (13, 26)
+    images = torch.randn(1, 3, 384, 384)
+    with torch.no_grad():
+        states = tower.vision_tower(images, output_hidden_states=True).hidden_states
+        assert torch.equal(tower(images), torch.cat([states[13], states[26]], dim=-1))
+
+
 def test_a_forward_that_prunes_by_itself_is_passed_over(siglip):
     """As LLaVA-PruMerge: its forward indexes hidden states and prunes; ours selects from the vision model instead."""
 

@@ -295,10 +295,20 @@ def _returns_tuple(function: Any) -> bool:
 
 
 def _dropped_layers(tower_class: Any) -> int:
-    """Layers that `load_model` deletes after loading and that the config still counts: `del ….layers[-1:]`."""
-    load = getattr(tower_class, "load_model", None)
-    found = re.search(r"del .*\.layers\[-(\d+):\]", _source(load)) if load else None
-    return int(found[1]) if found else 0
+    """Layers that are deleted and that the config still counts, `del ….layers[-1:]`.
+
+    By `load_model`, or by the constructor of a class that it names (DenseConnector's and TinyLLaVABench's SigLIP).
+    """
+    load = inspect.unwrap(getattr(tower_class, "load_model", None))
+    if not inspect.isfunction(load):
+        return 0
+    named = [load.__globals__.get(name) for name in load.__code__.co_names]
+    constructors = [vars(value).get("__init__") for value in named if isinstance(value, type)]
+    for function in (load, *constructors):
+        found = re.search(r"del .*\.layers\[-(\d+):\]", _source(function))
+        if found:
+            return int(found[1])
+    return 0
 
 
 def _parsed(function: Any) -> ast.AST:
