@@ -556,6 +556,13 @@ def test_a_vision_model_under_another_name(tiny):
     )
     with pytest.raises(ProjectorSpecError, match=message):
         convert_tower(Renamed(), registry.resolve("saep"))
+
+    class Several(Renamed):
+        def forward(self, images):
+            return super().forward(images), None
+
+    with pytest.raises(ProjectorSpecError, match="one tensor of features: the forward of .* Several returns several$"):
+        convert_tower(Several(), registry.resolve("saep"))
     tower = Renamed()
     convert_tower(tower, registry.resolve("saep:layers=-1"))
     assert tower(torch.zeros(1, 3, 336, 336)).shape == (1, 576, 32)

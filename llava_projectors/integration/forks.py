@@ -48,6 +48,10 @@ FORKS = (
     Fork("LLaVA-HR", "llava_hr"),
     Fork("TinyLLaVABench", "tinyllava"),
     Fork("VCoder", "vcoder_llava"),
+    Fork("LongVA", "longva"),
+    Fork("EAGLE", "eagle"),
+    Fork("Vitron", "vitron"),
+    Fork("LLaVAction", "llavaction"),
     # The first setting is an argument of its training script, the second stands in its config.
     Fork("MGM", "mgm", second_tower=("vision_tower_aux", "mm_vision_tower_aux")),
     Fork(

@@ -290,8 +290,13 @@ def _mentions(tower_class: Any, word: str) -> bool:
 
 
 def _returns_tuple(function: Any) -> bool:
+    return any(_tuples_returned(function))
+
+
+def _tuples_returned(function: Any) -> list[bool]:
+    """Of every `return` with a value, whether it is a tuple."""
     returned = [node.value for node in ast.walk(_parsed(function)) if isinstance(node, ast.Return)]
-    return any(isinstance(value, ast.Tuple) for value in returned)
+    return [isinstance(value, ast.Tuple) for value in returned if value is not None]
 
 
 def _dropped_layers(tower_class: Any) -> int:
@@ -299,7 +304,7 @@ def _dropped_layers(tower_class: Any) -> int:
 
     By `load_model`, or by the constructor of a class that it names (DenseConnector's and TinyLLaVABench's SigLIP).
     """
-    load = inspect.unwrap(getattr(tower_class, "load_model", None))
+    load: Any = inspect.unwrap(getattr(tower_class, "load_model", None))  # type: ignore[arg-type]
     if not inspect.isfunction(load):
         return 0
     named = [load.__globals__.get(name) for name in load.__code__.co_names]
@@ -350,6 +355,12 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
         side = tower.config.image_size // tower.config.patch_size
     else:
         layers = ()
+        tuples = _tuples_returned(tower_class.forward)
+        if tuples and all(tuples):
+            raise ProjectorSpecError(
+                f"projector type {resolved.type_string!r} needs one tensor of features: the forward of the vision "
+                f"tower {tower_class.__name__} returns several"
+            )
         reason = (
             "whose vision model is not its `vision_tower`" if gives_hidden_states else "which gives no hidden states"
         )
