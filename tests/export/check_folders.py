@@ -167,3 +167,13 @@ def test_prompts_without_their_pictures_are_refused(loaded, cases):
     _, processor = loaded
     with pytest.raises(ValueError, match="the text has 2 <image> for 1 pictures"):
         processor(images=cases[0]["images"], text="<image><image>")
+
+
+def test_the_class_that_pipelines_load_through(folder, loaded, cases):
+    """`pipeline("any-to-any")` and `transformers serve`; the first needs torchvision, which is not here."""
+    import transformers
+
+    if not hasattr(transformers, "AutoModelForMultimodalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no AutoModelForMultimodalLM")
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assert compare.compare(model, loaded[1], cases[0])["same_answer"]
