@@ -45,6 +45,9 @@ SMOKE_TESTS := $(addprefix tests/test_,$(addsuffix .py,spec gate slicing llava_m
 demo: $(STAMP)
 	$(BIN)/llava-projectors demo
 
+# Processes side by side with a thread each, instead of threads of each that wait for those of the others.
+test test-all test-next smoke: export OMP_NUM_THREADS ?= 1
+
 test: $(STAMP)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow'
 
