@@ -86,6 +86,8 @@ def refuse_contradictions(config: Any) -> None:
     """
     import transformers
 
+    if not isinstance(config, transformers.PretrainedConfig):  # a fork's own, which no later version reads
+        return
     classes: tuple[Any, ...] = type(config).__mro__
     read = [name for cls in classes for name in inspect.signature(cls.__init__).parameters]
     found = contradictions(config.to_dict(), read)
