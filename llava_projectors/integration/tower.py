@@ -23,8 +23,10 @@ from typing import Any, Callable, ClassVar, Optional
 import torch
 from torch import nn
 
+from llava_projectors.integration import fast_tower
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.image_processor import set_slicing
+from llava_projectors.integration.log import log
 from llava_projectors.integration.tower_weights import refuse_random_weights, watched
 from llava_projectors.integration.truncated_encoder import can_keep, keeping
 from llava_projectors.projectors.base import Projector
@@ -62,8 +64,16 @@ class ReducedTower(nn.Module):
         """LLaVA's own, which makes the image processor."""
         tower_class: Any = self.tower_class
         tower_class.load_model(self, *args, **kwargs)
+        self.speed_up()
         if self.slicing is not None:
             self.set_slicing(self.slicing)
+
+    def speed_up(self) -> None:
+        """Let the vision model, once it is loaded, run what `LLAVA_PROJECTORS_TOWER` asks for."""
+        choice, tower = fast_tower.wanted(), getattr(self, "vision_tower", None)
+        changed = fast_tower.speed_up(tower, choice) if isinstance(tower, nn.Module) else 0
+        if changed:
+            log(f"{fast_tower.VARIABLE}={choice}: {changed} modules of the vision tower run another forward")
 
     def set_slicing(self, slicing: Optional[Slicing]) -> None:
         """Make the image processor, now or once it is loaded, cut pictures into tiles, or stop it."""
@@ -380,6 +390,7 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower.patch_side = side
     if has_hidden_states and tower.is_loaded:
         tower.prepare()
+    tower.speed_up()
     slicing = slicing_of(cfg)
     if slicing is not None:
         tower.set_slicing(slicing)
