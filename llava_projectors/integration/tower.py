@@ -64,16 +64,8 @@ class ReducedTower(nn.Module):
         """LLaVA's own, which makes the image processor."""
         tower_class: Any = self.tower_class
         tower_class.load_model(self, *args, **kwargs)
-        self.speed_up()
         if self.slicing is not None:
             self.set_slicing(self.slicing)
-
-    def speed_up(self) -> None:
-        """Let the vision model, once it is loaded, run what `LLAVA_PROJECTORS_TOWER` asks for."""
-        choice, tower = fast_tower.wanted(), getattr(self, "vision_tower", None)
-        changed = fast_tower.speed_up(tower, choice) if isinstance(tower, nn.Module) else 0
-        if changed:
-            log(f"{fast_tower.VARIABLE}={choice}: {changed} modules of the vision tower run another forward")
 
     def set_slicing(self, slicing: Optional[Slicing]) -> None:
         """Make the image processor, now or once it is loaded, cut pictures into tiles, or stop it."""
@@ -170,9 +162,13 @@ class MultiLayerTower(ReducedTower):
         refuse_random_weights(self, reports)
 
     def prepare(self) -> None:
-        """Let the vision model that has been loaded keep the hidden states of `forward`."""
+        """Let the vision model that was loaded keep the hidden states of `forward`, and run what a user asks for."""
+        choice, changed = fast_tower.wanted(), 0
         for module in self.children():
             can_keep(module)
+            changed += fast_tower.speed_up(module, choice)
+        if changed:
+            log(f"{fast_tower.VARIABLE}={choice}: {changed} modules of the vision tower run another forward")
 
     def feature_select(self, image_forward_outs: Any, *_: Any, **__: Any) -> torch.Tensor:
         """Hidden states [B, N, C] or [B, 1 + N, C] -> [B, N, L*C]: no CLS token, layers side by side.
@@ -390,7 +386,6 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower.patch_side = side
     if has_hidden_states and tower.is_loaded:
         tower.prepare()
-    tower.speed_up()
     slicing = slicing_of(cfg)
     if slicing is not None:
         tower.set_slicing(slicing)

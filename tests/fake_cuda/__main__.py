@@ -22,10 +22,10 @@ from llava_projectors import build_projector
 
 TYPES = (
     "saep",
-    "saep:order=depthwise_first,level_kernel=3,shortcut=average",
-    "saep:gate=softmax,positions=sine,stride=3,dilations=1+2",
+    "saep:order=depthwise_first,shortcut=average",
+    "saep:stride=3,level_norm=none",
     "tokenpacker",
-    "tokenpacker:scale_factor=3,head_size=8",
+    "tokenpacker:scale_factor=3",
     "avg_pool",
     "pixel_shuffle:stride=3",
     "ldpv2",
