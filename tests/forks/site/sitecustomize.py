@@ -14,13 +14,24 @@ import types
 from pathlib import Path
 
 
+class Empty(type):
+    """A class whose attributes are such classes too: packages hold modules."""
+
+    def __getattr__(cls, name):
+        return empty_class(cls, name)
+
+
 class StandIn(types.ModuleType):
     def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value = type(name, (), {"__init__": lambda self, *args, **kwargs: None})
-        setattr(self, name, value)
-        return value
+        return empty_class(self, name)
+
+
+def empty_class(owner, name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    value = Empty(name, (), {"__init__": lambda self, *args, **kwargs: None})
+    setattr(owner, name, value)
+    return value
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
