@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -239,7 +241,23 @@ def await_weights(projector: Projector) -> None:
     setattr(projector, _AWAITED, {name: _sample(value) for name, value in projector.named_parameters()})
     projector.register_forward_pre_hook(_refuse_without_weights)
     # Saved, it would look like a trained one.
-    projector._register_state_dict_hook(_refuse_without_weights)  # type: ignore[no-untyped-call]
+    projector._register_state_dict_hook(_refuse_to_save_without_weights)  # type: ignore[no-untyped-call]
+
+
+_is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within it, in this thread, a state dict may be read of a projector that awaits its weights.
+
+    accelerate reads one to place a model, while LLaVA's loader has not ended; nothing is saved there.
+    """
+    token = _is_loading.set(True)
+    try:
+        yield
+    finally:
+        _is_loading.reset(token)
 
 
 def awaited_weights(projector: Projector) -> frozenset[str]:
@@ -379,6 +397,11 @@ def _explain_source(projector: Projector, source: str) -> str:
         return ""
     found = find_in_folder(source)
     return f". {likely_cause(projector, found.shapes, found.keys)}"
+
+
+def _refuse_to_save_without_weights(module: Projector, *_: Any) -> None:
+    if not _is_loading.get():
+        _refuse_without_weights(module)
 
 
 def _refuse_without_weights(module: Projector, *_: Any) -> None:

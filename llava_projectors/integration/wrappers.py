@@ -191,7 +191,8 @@ def settings_of_model(arguments: Arguments) -> tuple[Any, ...]:
 def load_model(original: Function, package: Package, model_path: Any, *args: Any, **kwargs: Any) -> Any:
     """For `load_pretrained_model(model_path, model_base, model_name, ...)`, which inference and serving use."""
     weights.check_adapter_files(str(model_path))
-    loaded = original(model_path, *args, **kwargs)
+    with weights.loading():
+        loaded = original(model_path, *args, **kwargs)
     for value in loaded:
         if isinstance(value, nn.Module):
             weights.check_complete(value, str(model_path))
