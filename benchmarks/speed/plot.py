@@ -42,10 +42,12 @@ def plot(source: Path, target: Path) -> None:
     }
     found = [(name, draw, [row for row in rows if row["suite"] == name]) for name, draw in panels.items()]
     found = [panel for panel in found if panel[2]]
-    figure, axes = pyplot.subplots(len(found), squeeze=False, figsize=(11, 3.6 * len(found)), layout="constrained")
-    for axis, (name, draw, panel) in zip(axes[:, 0], found):
+    figure = pyplot.figure(figsize=(11, 4.2 * len(found)), layout="constrained")
+    for part, (name, draw, panel) in zip(figure.subfigures(len(found), squeeze=False)[:, 0], found):
+        axis = part.subplots()
         draw(axis, panel)
         axis.set_title(name, loc="left", fontweight="bold")
+        part.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
     first = rows[0]
     figure.suptitle(f"{first['machine']}; torch {first['torch']}, Python {first['python']}", fontsize=9)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,6 @@ def _bars(axis: Any, rows: list[Row], height: Callable[[float], float], label: s
             )
             axis.hlines(height(float(row["flops_ratio"])), x - width / 2, x + width / 2, color="red", linewidth=1.2)
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.legend(fontsize=7, ncols=1 + (len(rows) > 60), loc="center left", bbox_to_anchor=(1, 0.5))
     return groups
 
 
@@ -130,4 +131,3 @@ def _lines(axis: Any, rows: list[Row]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("images per prompt, or prompts per batch")
     axis.set_ylabel("prefill, s")
-    axis.legend(fontsize=7, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))
