@@ -333,7 +333,7 @@ def plan(monkeypatch):
 
 def test_a_candidate_that_does_not_fit_is_a_row_and_its_group_stays(plan, tmp_path, monkeypatch, capsys):
     """The baseline runs out of memory, another candidate fails: the others are measured, without ratios."""
-
+    monkeypatch.setitem(suites.PLANS, "cpu", replace(suites.PLANS["cpu"], tokenpackers=(PUBLISHED,)))
     errors = {
         Subject(models.STOCK): torch.cuda.OutOfMemoryError("of 80 GiB"),
         **dict.fromkeys(subjects(*suites.TOKENPACKERS, implementation=PUBLISHED), RuntimeError("no kernel image")),
@@ -414,6 +414,7 @@ def test_a_run_that_is_cut_off_loses_nothing(plan, tmp_path, monkeypatch, capsys
     """What was measured is in the file, and what an earlier run had measured stays."""
     path = tmp_path / "bench.csv"
     run = ["--device", "cpu", "--csv", str(path)]
+    monkeypatch.setitem(suites.PLANS, "cpu", replace(suites.PLANS["cpu"], tokenpackers=(PUBLISHED,)))
     assert main([*run, "--suite", "tower", "--suite", "projector"]) == 0
     before = read_rows(path, "measured_to_bound")
 

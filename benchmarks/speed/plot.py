@@ -47,7 +47,8 @@ def plot(source: Path, target: Path) -> None:
         axis = part.subplots()
         draw(axis, panel)
         axis.set_title(name, loc="left", fontweight="bold")
-        part.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
+        if axis.get_legend_handles_labels()[0]:  # a group whose baseline did not fit has no ratios
+            part.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
     first = rows[0]
     figure.suptitle(f"{first['machine']}; torch {first['torch']}, Python {first['python']}", fontsize=9)
     target.parent.mkdir(parents=True, exist_ok=True)

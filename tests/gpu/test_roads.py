@@ -106,7 +106,7 @@ def test_the_exported_checkpoint_in_current_transformers(trained, device, tmp_pa
         pytest.skip(f"needs {CURRENT}, the path of a Python with transformers 4.57 or 5, and is not given")
     source = str(trained(projector_type).checkpoint)
     export_checkpoint(source, tmp_path / "out", dtype="float16")
-    cases = verify.reference(source, None, verify.default_questions(), 8)
+    cases = verify.reference(source, None, verify.default_questions(), 8, torch.float16)
     compare.save_cases(cases, tmp_path / "reference.pt")
     # What stands first on PYTHONPATH here is LLaVA's older transformers.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
