@@ -395,7 +395,9 @@ def test_profiles_have_a_table_for_each_candidate(plan, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command_writes_a_csv_and_a_picture(plan, tmp_path, capsys):
+def test_command_writes_a_csv_and_a_picture(plan, tmp_path, monkeypatch, capsys):
+    # Triton's interpreter takes half a minute for each batch.
+    monkeypatch.setitem(suites.PLANS, "cpu", replace(suites.PLANS["cpu"], batches=(1,)))
     path = tmp_path / "new" / "bench.csv"
     assert main(["--device", "cpu", "--csv", str(path)]) == 0
     assert "x bound" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def _train_all(output: Path, assets: Assets, steps: int, say: Callable[[str], No
     pool = ThreadPoolExecutor(_workers())
     try:
         runs = {name: pool.submit(train, name, folder, assets, steps, say, stop) for name, folder in folders.items()}
-        ended, _ = wait(runs.values(), return_when=FIRST_EXCEPTION)
+        ended = _until_the_first_failure(list(runs.values()))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -193,6 +193,17 @@ def _train_all(output: Path, assets: Assets, steps: int, say: Callable[[str], No
         if isinstance(error, (OSError, TrainingFailed)):
             raise TrainingFailed(f"{name} failed: {error}") from error
     return {name: run.result() for name, run in runs.items()}
+
+
+def _until_the_first_failure(runs: list[Future[Path]]) -> set[Future[Path]]:
+    """The runs that have ended, when all have or one has failed.
+
+    The wait is cut in pieces: a signal that arrives as Python begins to wait is handled when it has waited.
+    """
+    while True:
+        ended, going = wait(runs, timeout=0.2, return_when=FIRST_EXCEPTION)
+        if not going or any(run.exception() for run in ended):
+            return ended
 
 
 def demo(output: Path, steps: int) -> int:
