@@ -12,9 +12,11 @@ from functools import cache
 
 import pytest
 import torch
+import warm
+from drive import HOST, free_port
 from safetensors.torch import load_file
 
-from llava_projectors.tiny.train import finetune_arguments, losses, run, training_command
+from llava_projectors.tiny.train import finetune_arguments, losses, output_of, run, training_command
 
 OURS = ("saep", "tokenpacker")
 # LLaVA's script synchronises CUDA before it saves with DeepSpeed, also where there is none. It leaves
@@ -57,17 +59,27 @@ def run_ranks(command, ranks, log, root, device="cpu"):
     if device == "cpu":
         at = command.index("--no_cuda")  # which would keep DeepSpeed from starting its process group
         command = command[:at] + command[at + 2 :]
+        # With more threads than cores, ranks wait for each other.
+        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if ranks == 1:
+            return run_one_rank(command, log, environment)
         shim = root / "shim"
         shim.mkdir(exist_ok=True)
         (shim / "sitecustomize.py").write_text(SHIM)
-        environment = {
-            "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")])),
-            "OMP_NUM_THREADS": "1",  # with more threads than cores, ranks wait for each other
-        }
+        path = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
+        environment = {**environment, "PYTHONPATH": path}
     # A machine without network may not know its own name.
     launcher = ["--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
     return run([sys.executable, "-m", "torch.distributed.run", *launcher, *command[1:]], log, environment)
+
+
+def run_one_rank(command, log, environment):
+    """Without the launcher, which imports torch for itself and for the rank: its variables, in a warm process."""
+    python, _, module, *arguments = command
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": HOST, "MASTER_PORT": str(free_port())}
+    script = f"{SHIM}\nimport runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+    status = warm.call([python, "-c", script, *arguments], log, log, env={**os.environ, **environment, **rank})
+    return output_of(log, status)
 
 
 @pytest.fixture(scope="module")
