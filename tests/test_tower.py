@@ -321,6 +321,133 @@ def test_a_vision_model_that_deletes_its_last_layer_itself(siglip):
         assert torch.equal(tower(images), torch.cat([states[13], states[26]], dim=-1))
 
 
+@pytest.fixture
+def dino(tmp_path):
+    """A DINOv2 of 16 channels on the same 27x27 grid."""
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=378, patch_size=14
+    )
+    torch.manual_seed(1)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    return tmp_path / "dino"
+
+
+def joined_in_forward(siglip, dino):
+    class Joined(siglip):
+        def load_model(self):
+            super().load_model()
+            self.dino = transformers.Dinov2Model.from_pretrained(dino)
+
+        def forward(self, images):
+            further = self.dino(images).last_hidden_state[:, 1:]
+            return torch.cat([super().forward(images), further], dim=-1)
+
+        hidden_size = property(lambda self: self.config.hidden_size + 16)
+        num_patches = 27**2
+
+    return Joined()
+
+
+def joined_by_helpers(siglip, dino):
+    """The parts in a list, loaded and run by methods of their own; features chosen in `feature_select`."""
+
+    class Joined(siglip):
+        def load_model(self):
+            super().load_model()
+            self.load_others()
+
+        def load_others(self):
+            self.others = torch.nn.ModuleList([transformers.Dinov2Model.from_pretrained(dino)])
+
+        def feature_select(self, outs):
+            return outs.hidden_states[-1][:, -(27**2) :]
+
+        def run_others(self, images):
+            return [self.feature_select(other(images, output_hidden_states=True)) for other in self.others]
+
+        def forward(self, images):
+            first = self.feature_select(self.vision_tower(images, output_hidden_states=True))
+            return torch.cat([first, *self.run_others(images)], dim=-1)
+
+        hidden_size = property(lambda self: self.config.hidden_size + 16)
+        num_patches = 27**2
+
+    return Joined()
+
+
+def joined_towers(siglip, dino):
+    """Two towers in one, each of which loads itself."""
+
+    class Dino(torch.nn.Module):
+        def load_model(self):
+            self.model = transformers.Dinov2Model.from_pretrained(dino)
+
+        def forward(self, images):
+            return self.model(images).last_hidden_state[:, 1:]
+
+    class Joined(torch.nn.Module):
+        is_loaded, hidden_size, num_patches = False, 32 + 16, 27**2
+
+        def __init__(self):
+            super().__init__()
+            self.towers = torch.nn.ModuleList([siglip(), Dino()])
+            self.config = self.towers[0].config
+
+        def load_model(self):
+            for tower in self.towers:
+                tower.load_model()
+            self.is_loaded = True
+
+        def forward(self, images):
+            return torch.cat([tower(images) for tower in self.towers], dim=-1)
+
+    return Joined()
+
+
+@pytest.mark.parametrize("loads_first", [False, True])
+@pytest.mark.parametrize("make", [joined_in_forward, joined_by_helpers, joined_towers])
+def test_a_tower_that_joins_two_models_serves_its_own_features_to_types_of_one_layer(siglip, dino, make, loads_first):
+    """As forks of LLaVA-NeXT join SigLIP and DINOv2. Hidden states of the first alone would leave the second out."""
+    images, stock = torch.randn(1, 3, 384, 384), make(siglip, dino)
+    stock.load_model()
+    message = "reads 2 layers of the vision tower Joined, which [^\n]*: pass saep:layers=-1, or a type of one layer$"
+    for type_string, is_refused in (("saep", True), ("saep:layers=-1", False), ("avg_pool", False)):
+        tower = make(siglip, dino)
+        if loads_first:
+            tower.load_model()
+        if is_refused:
+            with pytest.raises(ProjectorSpecError, match=message):
+                convert_tower(tower, registry.resolve(type_string))
+            continue
+        convert_tower(tower, registry.resolve(type_string))
+        assert tower.hidden_size == 32 + 16
+        if not loads_first:
+            tower.load_model()
+        with torch.no_grad():
+            assert torch.equal(tower(images), stock(images))
+            assert stock(images).shape == (1, 27**2, 32 + 16)
+        assert tower.num_patches == 14**2
+
+
+def test_a_list_of_models_as_vision_tower_is_refused_before_training(siglip, dino):
+    class Joined(siglip):
+        image_processor = SimpleNamespace(size={"height": 384})
+
+        def load_model(self):
+            super().load_model()
+            self.vision_tower = torch.nn.ModuleList([self.vision_tower, transformers.Dinov2Model.from_pretrained(dino)])
+
+        def forward(self, images):
+            states = [model(images, output_hidden_states=True).hidden_states[-1] for model in self.vision_tower]
+            return torch.cat([state[:, -(27**2) :] for state in states], dim=-1)
+
+    tower = Joined()
+    convert_tower(tower, registry.resolve("saep"))
+    tower.load_model()
+    with pytest.raises(ProjectorSpecError, match="cannot use the vision tower Joined: its forward ends in [^\n]*$"):
+        see_real_grid(tower)
+
+
 def test_a_forward_that_prunes_by_itself_is_passed_over(siglip):
     """As LLaVA-PruMerge: its forward indexes hidden states and prunes; ours selects from the vision model instead."""
 

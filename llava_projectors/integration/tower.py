@@ -16,7 +16,7 @@ import math
 import operator
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any, Callable, ClassVar, Optional
 
@@ -322,6 +322,36 @@ def _dropped_layers(tower_class: Any) -> int:
     return 0
 
 
+def _further_models(tower: Any) -> list[str]:
+    """Parts beside `vision_tower` whose weights the tower's forward uses: of one that joins SigLIP with a DINOv2.
+
+    Those that hold weights, and of a tower that is not loaded those that loading will make.
+    """
+    tower_class: Any = type(tower)
+    held = {name for name, part in tower.named_children() if next(part.parameters(), None) is not None}
+    awaited = {name for name in _built_by(tower_class, "load_model") if getattr(tower, name, None) is None}
+    return sorted(_names_in(tower_class, "forward") & (held | awaited) - {"vision_tower"})
+
+
+def _built_by(tower_class: Any, method: str) -> set[str]:
+    """Attributes to which a method of the class, or one that it calls, assigns what another call returns."""
+    methods = {method, *_names_in(tower_class, method)}
+    functions = [
+        value
+        for base in tower_class.__mro__
+        if base not in nn.Module.__mro__
+        for name, value in vars(base).items()
+        if name in methods and inspect.isfunction(value)
+    ]
+    assigned = [node for function in functions for node in ast.walk(_parsed(function)) if isinstance(node, ast.Assign)]
+    targets = [part for node in assigned if isinstance(node.value, ast.Call) for part in _parts_of(node.targets)]
+    return {part.attr for part in targets if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)}
+
+
+def _parts_of(targets: list[ast.expr]) -> Iterator[ast.AST]:
+    return (part for target in targets for part in ast.walk(target))
+
+
 def _parsed(function: Any) -> ast.AST:
     return ast.parse(_source(function))
 
@@ -356,7 +386,8 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     tower_class: Any = type(tower)
     gives_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
     has_hidden_states = gives_hidden_states and _mentions(tower_class, "vision_tower")
-    if has_hidden_states:
+    further = _further_models(tower) if has_hidden_states else []
+    if has_hidden_states and not further:
         layers = layers_of(tower, tower_class, resolved)
         side = tower.config.image_size // tower.config.patch_size
     else:
@@ -367,9 +398,12 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
                 f"projector type {resolved.type_string!r} needs one tensor of features: the forward of the vision "
                 f"tower {tower_class.__name__} returns several"
             )
-        reason = (
-            "whose vision model is not its `vision_tower`" if gives_hidden_states else "which gives no hidden states"
-        )
+        if further:
+            reason = f"which joins its `vision_tower` with {' and '.join(further)}"
+        elif gives_hidden_states:
+            reason = "whose vision model is not its `vision_tower`"
+        else:
+            reason = "which gives no hidden states"
         refuse_several_layers(tower, resolved, reason, "-1")
         side = math.isqrt(getattr(tower, "num_patches", 0)) or None
     second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
@@ -379,12 +413,12 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
         )
     if side is not None:
         resolved.output_side(side)  # a stride larger than the grid is an error now
-    mixin: Any = MultiLayerTower if has_hidden_states else OneLayerTower
+    mixin: Any = MultiLayerTower if layers else OneLayerTower
     tower.__class__ = _subclass(mixin, tower_class)
     tower.projector_spec = resolved
     tower.projector_layers = layers
     tower.patch_side = side
-    if has_hidden_states and tower.is_loaded:
+    if layers and tower.is_loaded:
         tower.prepare()
     slicing = slicing_of(cfg)
     if slicing is not None:
@@ -431,10 +465,12 @@ def see_real_grid(tower: Any) -> None:
     except (AttributeError, LookupError, TypeError) as error:
         raise _refused_forward(tower, f"ends in {type(error).__name__}: {error}") from error
     except (RuntimeError, ValueError) as error:
-        if "to unpack" in str(error):  # it takes our one tensor apart
+        # It takes our one tensor apart, or its `vision_tower` is a list of models.
+        if "to unpack" in str(error) or 'missing the required "forward"' in str(error):
             raise _refused_forward(tower, f"ends in {type(error).__name__}: {error}") from error
         # The fork resizes pictures elsewhere; its position embedding tells for what.
-        vision_model = getattr(tower.vision_tower, "vision_model", tower.vision_tower)
+        model = getattr(tower, "vision_tower", tower)
+        vision_model = getattr(model, "vision_model", model)
         embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
         if embedding is not None:  # else the first forward tells, or fails with an error of its own
             tower.see_grid(embedding.weight.shape[0])

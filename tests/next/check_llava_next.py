@@ -220,6 +220,24 @@ def test_siglip2_at_one_resolution_is_a_siglip(root, build):
     assert built.model.get_vision_tower()(torch.zeros(1, 3, family.SIDE, family.SIDE)).shape == (1, 27**2, 2 * 32)
 
 
+def test_mlcd_gives_its_hidden_states_side_by_side(root, build):
+    """With rotary position embeddings in layers of its own, in a model that is built as CLIP's."""
+    from transformers import CLIPImageProcessor
+
+    name = "DeepGlint-AI/mlcd-vit-bigG-patch14-336"
+    mlcd = family.module("model.multimodal_encoder.mlcd.vit_rope2d_hf")
+    snapshot = family.snapshot_folder(root / "hub", name)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 1}
+    mlcd.MLCDVisionModel(mlcd.MLCDVisionConfig(**sizes, image_size=336, patch_size=14)).save_pretrained(snapshot)
+    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(snapshot)
+    tower = build("saep", name).model.get_vision_tower()
+    pixels = torch.randn(1, 3, 336, 336)
+    with torch.no_grad():
+        states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
+        assert torch.equal(tower(pixels), torch.cat([states[4][:, 1:], states[7][:, 1:]], dim=-1))
+
+
 @pytest.mark.parametrize(
     "name", ["OpenGVLab/InternViT-300M-448px", "apple/aimv2-large-patch14-336", "facebook/dinov2-large"]
 )

@@ -3,12 +3,15 @@
 import math
 import random
 import re
+from pathlib import Path
 
 import family
 import pytest
 import torch
 from drive import llm_input
 from family import SQUARE, WIDE
+
+from llava_projectors import ProjectorSpecError
 
 TEXT = (5, 6, 7, 8)
 SIDES = {"saep": 14, "saep:stride=3": 9, "tokenpacker": 14, "avg_pool:stride=4": 7, "mlp2x_gelu": 27}
@@ -129,6 +132,90 @@ def test_pooling_that_leaves_out_a_part_of_each_frame_is_said_once_with_the_reme
         (line,) = found
         assert f"{share}% of it" in line
         assert "set mm_spatial_pool_mode bilinear, or train with a stride that gives an even grid (2: 14x14)" in line
+
+
+DOCUMENTED = ["mlp2x_gelu", "saep", "saep:stride=3", "saep:stride=4"]
+
+
+def documented(row):
+    """The numbers of a row in the table of docs/llava_next.md, by type."""
+    text = (Path(__file__).parents[2] / "docs" / "llava_next.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    return dict(zip(DOCUMENTED, (int(cell.strip(" *")) for cell in line.split("|")[2:-1])))
+
+
+@pytest.mark.parametrize("projector_type", DOCUMENTED)
+def test_the_documented_counts_are_the_packages(build, messages, projector_type):
+    """The layout is the package's own; tower and projector are left out."""
+    pinpoints = [[family.SIDE * i, family.SIDE * j] for i in range(1, 7) for j in range(1, 7)]
+    settings = {**family.ANYRES, "image_grid_pinpoints": pinpoints, "tokenizer_model_max_length": 32768}
+    built = build(projector_type, **settings, mm_newline_position="grid")
+    side = built.model.get_vision_tower().num_patches_per_side
+    built.model.encode_images = lambda images: torch.zeros(len(images), side**2, 80)
+
+    def count(pictures, sizes, kinds):
+        ids = torch.tensor([[family.IMAGE_TOKEN] * len(pictures) + [5]])
+        return (
+            built.model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pictures, kinds, sizes)[
+                4
+            ].shape[1]
+            - 1
+        )
+
+    shape = family.module("mm_utils").get_anyres_image_grid_shape
+    for row, size in (
+        ("a picture of 640x480", (640, 480)),
+        ("of 1280x720", (1280, 720)),
+        ("of 1920x1080", (1920, 1080)),
+    ):
+        columns, rows = shape(size, pinpoints, family.SIDE)
+        tiles_of = torch.zeros(1, 1, 1, 1).expand(1 + rows * columns, 3, family.SIDE, family.SIDE)
+        assert count([tiles_of], [size], ["image"]) == documented(row)[projector_type], row
+    one = torch.zeros(3, family.SIDE, family.SIDE)
+    each = documented("each of several pictures in a sample")[projector_type]
+    assert count([one, one], [SQUARE] * 2, ["image"] * 2) == 2 * each
+    assert documented("a tile; a picture without `anyres`, less its newline")[projector_type] == each - 1
+    video = torch.zeros(1, 1, 1, 1).expand(32, 3, family.SIDE, family.SIDE)
+    assert count([video], [SQUARE], ["video"]) == documented("32 frames, `bilinear`, `grid`")[projector_type]
+    built.model.config.mm_newline_position = "one_token"
+    for row, mode in (("a frame, `bilinear`", "bilinear"), ("a frame, `average` or `max`", "average")):
+        built.model.config.mm_spatial_pool_mode = mode
+        assert count([video], [SQUARE], ["video"]) == 32 * documented(row)[projector_type] + 1
+    told = numbers(messages, r"anyres_max_9: a picture takes up to (\d+) visual tokens$")
+    assert told == [(documented("any picture, at most")[projector_type],)] * (projector_type != "mlp2x_gelu")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The package with a SigLIP tower that is joined with a DINOv2, as a fork would write it."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    class JoinedTower(family.module("model.multimodal_encoder.siglip_encoder").SigLipVisionTower):
+        def load_model(self, device_map=None):
+            super().load_model(device_map)
+            config = Dinov2Config(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=378, patch_size=14
+            )
+            self.dino = Dinov2Model(config).requires_grad_(False)
+
+        def forward(self, images):
+            further = self.dino(images).last_hidden_state[:, 1:]
+            return torch.cat([super().forward(images), further.to(images.dtype)], dim=-1)
+
+        @property
+        def hidden_size(self):
+            return super().hidden_size + 16
+
+    monkeypatch.setattr(family.module("model.multimodal_encoder.builder"), "SigLipVisionTower", JoinedTower)
+
+
+def test_a_tower_that_joins_two_models_serves_types_of_one_layer(joined, build):
+    with pytest.raises(ProjectorSpecError, match="which joins its `vision_tower` with dino: pass saep:layers=-1, or a"):
+        build("saep", **ANYRES)
+    built = build("saep:layers=-1", **ANYRES)
+    assert built.model.config.mm_hidden_size == built.model.get_model().mm_projector.mm_hidden_size == 32 + 16
+    assert positions(built, [tiles(built, WIDE)], [WIDE], ["image"]) == anyres(WIDE, (1, 2), 14)
+    assert positions(built, [frames(built)], [SQUARE], ["video"]) == family.FRAMES * 7**2 + 1
 
 
 def test_a_mixture_in_one_batch(root, build):
