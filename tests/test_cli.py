@@ -92,7 +92,8 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
     out = cli("check", "saep", "--vision-tower", str(tiny.coarse_tower), "--adapter", str(adapter))
     assert "12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+7" in out
     assert "all its numbers are finite" in out
-    assert "not checked: layers and patch grid, for want of a vision tower" in cli("check", "saep")
+    seen = "24x24 -> 12x12, 576 -> 144 visual tokens, hidden states 12+23"
+    assert cli("check", "saep") == f"type: saep\ntower: none given; on LLaVA-1.5's {seen}\n"
     for folder in (checkpoint, adapter.parent):
         assert "every weight of the projector is there" in cli("check", "--model-path", str(folder))
     for arguments, message in (
@@ -100,6 +101,11 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
         (["resampler:num_queries=0"], "does not fit: projector type 'resampler:num_queries=0': "),
         (["saep:inner_size=9999999999999"], r"'saep:inner_size=9999999999999' cannot be built: .*overflow"),
         ([f"saep:inner_size={10**23}"], rf"'saep:inner_size={10**23}' cannot be built: "),
+        (
+            ["saep:layers=6+30"],
+            r"does not fit: .*layer 30 is out of range; the vision tower has 24 layers, .*\(LLaVA-1.5's, "
+            r"openai/clip-vit-large-patch14-336; --vision-tower names another\)",
+        ),
         (["saep:strid=3"], "does not fit: unknown option 'strid' .* did you mean 'stride'"),
         (["saep", "--model-path", str(tiny.llm / "nothing")], "does not fit: cannot read .*nothing/config.json"),
         (["saep:layers=3+40", "--vision-tower", str(tiny.coarse_tower)], "layer 40 is out of range; .* has 8 layers"),
@@ -120,6 +126,38 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
         ),
     ):
         assert re.search(message, cli("check", *arguments, status=1, stderr=True)), arguments
+
+
+def test_check_of_an_adapter_takes_the_tower_that_its_training_recorded(tiny, trained, tmp_path):
+    adapter = trained("saep").adapter / "mm_projector.bin"
+    out = cli("check", "saep", "--adapter", str(adapter))
+    assert f"tower: {tiny.coarse_tower}, 12x12 -> 6x6, 144 -> 36 visual tokens, hidden states 4+7" in out
+    alone = shutil.copy(adapter, tmp_path)
+    out = cli("check", "saep", "--adapter", alone, status=1)
+    assert "not checked: layers and patch grid, for want of a vision tower (--vision-tower)" in out
+    assert f"adapter: {alone}, fits" in out
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_a_vision_tower_named_by_a_relative_path(tiny, trained, tmp_path, monkeypatch, capsys, command):
+    """As a training writes it that was given one; `check` and `show` say where it is, from every folder."""
+    run = tmp_path / "run"
+    checkpoint = shutil.copytree(trained("saep").checkpoint, run / "checkpoints" / "llava-x")
+    shutil.copytree(tiny.coarse_tower, run / "towers" / "clip")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "towers/clip"}))
+    pictures = [str(tiny.images / "flower.jpg")] if command == "show" else []
+    command = [command, *pictures, "--model-path", str(checkpoint)]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{checkpoint} has mm_vision_tower 'towers/clip' in its config.json, a path from {run}: " in line
+    assert line.endswith(
+        f"here {tmp_path}. Start it in {run}, or set mm_vision_tower in the config.json of {checkpoint} to "
+        f"{run / 'towers' / 'clip'}"
+    )
+    monkeypatch.chdir(run)
+    assert main(command) == 0
 
 
 def test_check_says_what_a_damaged_file_is(trained, tmp_path):

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Optional
 
 from llava_projectors import files, registry
-from llava_projectors.commands.tower import builder_of
+from llava_projectors.commands.tower import LLAVA_15_TOWER, builder_of, llava_15_config, refuse_lost_folder
 from llava_projectors.integration import weights
 from llava_projectors.integration.tower import depth_and_choice, resolve_layers
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError, format_value
 
 DESCRIPTION = (
-    "Reads configs and the headers of weights only, so it takes seconds. "
-    "Exit status 0: nothing that was checked is wrong, and what was not checked is named; 1: something does not fit or "
-    "cannot be read, with the reason."
+    "Reads configs and the headers of weights only, so it takes seconds. A type string by itself is judged on "
+    f"LLaVA-1.5's vision tower, {LLAVA_15_TOWER}. Exit status 0: all fits; 1: something does not fit, cannot be read, "
+    "or was not checked, with the reason."
 )
-# Options are checked with these sizes where nothing gives others.
-CLIP_CHANNELS, VICUNA_WIDTH = 1024, 4096
+VICUNA_WIDTH = 4096  # where nothing gives another
+NOT_CHECKED = "not checked: "
 
 
 def check(
@@ -34,15 +35,14 @@ def check(
 
     Args:
         type_string: a type; None takes the checkpoint's own.
-        model_path: folder of a LLaVA checkpoint, whole, LoRA or projector alone; of it, the config and the
-            headers of the weights are read.
-        vision_tower: folder or hub name of a CLIP or SigLIP model; of it, the config is read.
+        model_path: folder of a LLaVA checkpoint, whole, LoRA or projector alone.
+        vision_tower: folder or hub name of a CLIP or SigLIP model; default as the config.json of the checkpoint, or
+            beside the adapter, says.
         adapter: an `mm_projector.bin`.
-        select_layer: LLaVA's `mm_vision_select_layer`; default the checkpoint's, else -2. LLaVA-NeXT's SigLIP has
-            no choice.
+        select_layer: LLaVA's `mm_vision_select_layer`; default as in that config.json, else -2.
 
     Returns:
-        what was found right, in lines.
+        what was found right, in lines; one that begins with `NOT_CHECKED` says what was not looked at.
 
     Raises:
         ProjectorSpecError: the type, its options, or its layers on this tower.
@@ -52,39 +52,68 @@ def check(
         >>> for line in check("saep:stride=3"):
         ...     print(line)
         type: saep:stride=3
-        not checked: layers and patch grid, for want of a vision tower (--vision-tower)
+        tower: none given; on LLaVA-1.5's 24x24 -> 8x8, 576 -> 64 visual tokens, hidden states 12+23
     """
-    config = SimpleNamespace() if model_path is None else SimpleNamespace(**files.read_config(model_path))
-    type_string = type_string or getattr(config, "mm_projector_type", None)
+    config = {} if model_path is None else files.read_config(model_path)
+    type_string = type_string or config.get("mm_projector_type")
     if not registry.is_registered(type_string):
         raise registry.unknown_type(type_string)
-    resolved = registry.resolve(type_string, config)
-    lines = [f"type: {registry.normalize(type_string)}"]
-
-    tower = vision_tower or getattr(config, "mm_vision_tower", None)
+    resolved = registry.resolve(type_string, SimpleNamespace(**config))
+    source = model_path or adapter
+    trained = weights.read_config_beside(adapter) if adapter and not model_path else config
+    tower = vision_tower or _recorded_tower(trained, source)
     vision = None if tower is None else _vision_config(tower)
-    if vision is not None:
-        chosen = getattr(config, "mm_vision_select_layer", -2) if select_layer is None else select_layer
-        layers = resolve_layers(resolved, *depth_and_choice(vision.model_type, vision.num_hidden_layers, chosen))
-        side = vision.image_size // vision.patch_size
-        after = resolved.output_side(side)
-        lines.append(
-            f"tower: {tower}, {side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, "
-            f"hidden states {format_value(layers)}"
-        )
-        lines.append(f"tower's builder: {builder_of(str(tower), vision.model_type)}")
-    else:
-        lines.append("not checked: layers and patch grid, for want of a vision tower (--vision-tower)")
-    channels = getattr(config, "mm_hidden_size", None) or getattr(vision, "hidden_size", None)
-    width = getattr(config, "hidden_size", None)
-    _build(resolved, channels or CLIP_CHANNELS, width or VICUNA_WIDTH)  # its options are checked where it is built
-    if model_path is not None:
-        _compare(resolved, channels, width, model_path, weights.find_in_folder(model_path))
-        lines.append(f"checkpoint: {model_path}, every weight of the projector is there")
-    if adapter is not None:
-        _compare(resolved, channels, width, adapter, weights.read_adapter(adapter))
-        lines.append(f"adapter: {adapter}, fits, and all its numbers are finite")
-    return lines
+    select_layer = trained.get("mm_vision_select_layer", -2) if select_layer is None else select_layer
+    seen = _on_tower(resolved, tower, vision, select_layer, source)
+    channels, width = config.get("mm_hidden_size") or getattr(vision, "hidden_size", None), config.get("hidden_size")
+    _build(resolved, channels, width)  # its options are checked where it is built
+    fits = _weights_fit(resolved, channels, width, model_path, adapter)
+    return [f"type: {registry.normalize(type_string)}", *seen, *fits]
+
+
+def _recorded_tower(trained: Mapping[str, Any], source: Optional[str]) -> Optional[str]:
+    """What the config.json of a training names, if there is one; an error where its path does not hold here."""
+    tower = trained.get("mm_vision_tower")
+    if tower is not None and source is not None:
+        refuse_lost_folder(tower, source)
+    return tower
+
+
+def _on_tower(
+    resolved: registry.ResolvedSpec, tower: Optional[str], vision: Any, select_layer: int, source: Optional[str]
+) -> list[str]:
+    """Lines about grid and layers.
+
+    Args:
+        resolved: the type.
+        tower: folder or hub name, or None.
+        vision: its config.
+        select_layer: LLaVA's `mm_vision_select_layer`.
+        source: where weights are from, if there are some: they may be of another tower than LLaVA-1.5's.
+
+    Raises:
+        ProjectorSpecError: the layers do not exist, or the stride is larger than the grid.
+    """
+    if tower is not None:
+        seen = _grid_and_layers(resolved, vision, select_layer)
+        return [f"tower: {tower}, {seen}", f"tower's builder: {builder_of(tower, vision.model_type)}"]
+    if source is not None:
+        return [f"{NOT_CHECKED}layers and patch grid, for want of a vision tower (--vision-tower)"]
+    try:
+        seen = _grid_and_layers(resolved, llava_15_config(), select_layer)
+    except ProjectorSpecError as error:
+        raise ProjectorSpecError(f"{error} (LLaVA-1.5's, {LLAVA_15_TOWER}; --vision-tower names another)") from error
+    return [f"tower: none given; on LLaVA-1.5's {seen}"]
+
+
+def _grid_and_layers(resolved: registry.ResolvedSpec, vision: Any, select_layer: int) -> str:
+    """`24x24 -> 12x12, 576 -> 144 visual tokens, hidden states 12+23`; errors as `_on_tower`."""
+    layers = resolve_layers(resolved, *depth_and_choice(vision.model_type, vision.num_hidden_layers, select_layer))
+    side = vision.image_size // vision.patch_size
+    after = resolved.output_side(side)
+    return (
+        f"{side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, hidden states {format_value(layers)}"
+    )
 
 
 def _vision_config(tower: str) -> Any:
@@ -101,12 +130,28 @@ def _vision_config(tower: str) -> Any:
     return config
 
 
+def _weights_fit(
+    resolved: registry.ResolvedSpec,
+    channels: Optional[int],
+    width: Optional[int],
+    model_path: Optional[str],
+    adapter: Optional[str],
+) -> Iterator[str]:
+    """Lines about the checkpoint and the adapter, those that there are; errors as `_compare`."""
+    if model_path is not None:
+        _compare(resolved, channels, width, model_path, weights.find_in_folder(model_path))
+        yield f"checkpoint: {model_path}, every weight of the projector is there"
+    if adapter is not None:
+        _compare(resolved, channels, width, adapter, weights.read_adapter(adapter))
+        yield f"adapter: {adapter}, fits, and all its numbers are finite"
+
+
 def _compare(
     resolved: registry.ResolvedSpec, channels: Optional[int], width: Optional[int], source: str, found: weights.Found
 ) -> None:
     """Raise unless the weights are those of the type; sizes that no config gives are taken from the weights."""
     sizes = (channels, width) if channels and width else weights.sizes_of(resolved, found.shapes, channels, width)
-    projector = _build(resolved, *(sizes or (channels or CLIP_CHANNELS, width or VICUNA_WIDTH)))
+    projector = _build(resolved, *(sizes or (channels, width)))
     expected = weights.expected_shapes(projector)
     wrong = weights.problems(expected if sizes else dict.fromkeys(expected, ()), found.shapes)
     if wrong:
@@ -119,10 +164,10 @@ def _compare(
     raise files.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
 
 
-def _build(resolved: registry.ResolvedSpec, channels: int, width: int) -> Projector:
-    """The projector without storage."""
+def _build(resolved: registry.ResolvedSpec, channels: Optional[int], width: Optional[int]) -> Projector:
+    """The projector without storage; sizes that are not known are LLaVA-1.5's."""
     try:
-        return resolved.build_empty(channels, width)
+        return resolved.build_empty(channels or llava_15_config().hidden_size, width or VICUNA_WIDTH)
     except (RuntimeError, TypeError) as error:  # torch's, of sizes that no memory holds
         raise ProjectorSpecError(
             f"projector type {resolved.type_string!r} cannot be built: {str(error).splitlines()[0]}"
@@ -133,13 +178,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors check`."""
     parser.add_argument("type", nargs="?", metavar="TYPE", help="a type string (default: the checkpoint's)")
     parser.add_argument("--model-path", help="folder of a LLaVA checkpoint")
-    parser.add_argument("--vision-tower", help="folder or hub name of the vision tower (default: the checkpoint's)")
-    parser.add_argument("--select-layer", type=int, help="LLaVA's --mm_vision_select_layer (checkpoint's, or -2)")
+    parser.add_argument("--vision-tower", help="its folder or hub name (default: the checkpoint's or adapter's)")
+    parser.add_argument("--select-layer", type=int, help="LLaVA's --mm_vision_select_layer (theirs, or -2)")
     parser.add_argument("--adapter", help="an mm_projector.bin, for --pretrain_mm_mlp_adapter")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what fits; status 1 with the reason when something does not."""
+    """Print what fits; status 1 with the reason when something does not, or was not checked."""
     if arguments.type is None and arguments.model_path is None:
         print("nothing to check: give a TYPE, or --model-path", file=sys.stderr)
         return 1
@@ -155,4 +200,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"does not fit: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines))
-    return 0
+    return int(any(line.startswith(NOT_CHECKED) for line in lines))

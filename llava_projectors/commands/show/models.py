@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -11,14 +10,13 @@ import torch
 from PIL import Image
 
 from llava_projectors import files, registry
+from llava_projectors.commands.tower import HUB_NAME, refuse_lost_folder
 from llava_projectors.integration.image_processor import SlicingProcessor, set_slicing
 from llava_projectors.integration.loader import load
 from llava_projectors.integration.log import log
 from llava_projectors.projectors.base import Projector
 from llava_projectors.projectors.registration import LLAVA_TYPE_PATTERN
 from llava_projectors.spec import base_name
-
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,7 @@ def check_checkpoint(path: str, base: Optional[str], name: str) -> None:
         raise ValueError(f"LLaVA's loader goes by the name, and {name!r} lacks 'llava': rename the folder")
     if "mpt" in name.lower() and config.get("model_type") != "llava_mpt":
         raise ValueError(f"LLaVA's loader takes {name!r} for an MPT, because it contains 'mpt': rename the folder")
-    tower = str(config.get("mm_vision_tower"))
-    if "/" in tower and not Path(tower).is_dir() and HUB_NAME.fullmatch(tower) is None:
-        raise ValueError(f"{path} has mm_vision_tower {tower!r} in its config.json, which is no folder here")
+    refuse_lost_folder(str(config.get("mm_vision_tower")), path)
     if Path(path).is_dir():
         _check_weights(Path(path), base, name)
 

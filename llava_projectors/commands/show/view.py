@@ -97,27 +97,35 @@ def make_view(model: Model, picture: Image.Image, tokens: Optional[Sequence[int]
     for token in chosen:
         if not 0 <= token < total:
             raise ValueError(f"token {token} does not exist: there are {total}, 0 to {total - 1}")
-    patches = features[0].shape[1]
-    what = f"{patches} patches -> {count} visual tokens"
-    if in_tiles:
-        more = f" and a thumbnail of {edge} px" if len(tiles) > 1 else f" of {edge} px"
-        what = (
-            f"{picture.width}x{picture.height} in {grid[0]}x{grid[1]} tiles{more}: {len(tiles)} x {count} "
-            f"visual tokens, {slicing.visual_tokens(grid, count)} with the separators"
-        )
-    kind = "attention" if hasattr(model.projector, "region_weights") else "receptive field by gradient"
+    side = math.isqrt(features[0].shape[1])
     places = [(column * edge, row * edge) for row in range(grid[0]) for column in range(grid[1])]
     return View(
-        title=f"{model.type_string}: {what}; {kind}; {model.source}",
+        title=_title(model, picture, grid if in_tiles else None, edge, side, count),
         picture=_to_picture(canvas, model.processor, edge, len(tiles) > 1),
         edge=edge,
         places=[*places, (0, grid[0] * edge)][: len(tiles)],
-        side=math.isqrt(patches),
+        side=side,
         count=count,
-        regions=own_regions(model.projector, math.isqrt(patches), count),
+        regions=own_regions(model.projector, side, count),
         tokens=chosen,
         maps=_maps(model.projector, features, chosen, count),
     )
+
+
+def _title(
+    model: Model, picture: Image.Image, grid: Optional[tuple[int, int]], edge: int, side: int, count: int
+) -> str:
+    """Type, counts, what the maps are, and where the weights are from; `grid` is that of tiles, if there are some."""
+    what = f"{side**2} patches -> {count} visual tokens"
+    if grid is not None:
+        tiles = slicing.tile_count(grid)
+        more = f" and a thumbnail of {edge} px" if tiles > 1 else f" of {edge} px"
+        what = (
+            f"{picture.width}x{picture.height} in {grid[0]}x{grid[1]} tiles{more}: {tiles} x {count} "
+            f"visual tokens, {slicing.visual_tokens(grid, count)} with the separators"
+        )
+    kind = "attention" if hasattr(model.projector, "region_weights") else "receptive field by gradient"
+    return f"{model.type_string}: {what}; {kind}; {model.source}"
 
 
 def _maps(projector: Projector, features: Sequence[torch.Tensor], tokens: Sequence[int], count: int) -> torch.Tensor:
