@@ -1,5 +1,6 @@
 """The command `llava-projectors`, as a user types it."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import llava_projectors
+from llava_projectors.commands import waiting
 from llava_projectors.commands.cli import main
 from llava_projectors.commands.demo import Assets
 from llava_projectors.tiny.train import TrainingFailed, run
@@ -205,6 +208,22 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("llava_projectors.commands.listing.print_types", interrupted)
     assert main(["list"]) == 130
     assert capsys.readouterr().err == "\nlist: interrupted\n"
+
+
+def test_what_takes_long_is_said_again_and_again(monkeypatch):
+    was_said = threading.Event()
+
+    class Stream(io.StringIO):
+        def write(self, text):
+            if re.fullmatch(r"some work: \d+ s", text):
+                was_said.set()
+            return super().write(text)
+
+    monkeypatch.setattr(waiting, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stderr", Stream())
+    with waiting.waiting("some work"):
+        assert was_said.wait(60)
+    assert sys.stderr.getvalue().startswith("some work\nsome work: 0 s\n")
 
 
 def test_help_and_bad_usage():

@@ -217,10 +217,20 @@ class {name}(llava_llama.LlavaLlamaForCausalLM, LlavaMetaForCausalLM):
 """
 
 
-def test_a_class_that_did_not_run_is_named(fork, small_fork):
-    """As in matryoshka-mm and dynamic_llava, where only a side class runs."""
+def test_a_class_that_did_not_run_is_named(fork, small_fork, tmp_path, capsys):
+    """As in matryoshka-mm and dynamic_llava, where only a side class runs. That one alone is tried again."""
     (small_fork / LLAMA).with_name("llava_side.py").write_text(SIDE_CLASS.format(name="LlavaSideForCausalLM"))
     found = fork()
+    said = [line for line in capsys.readouterr().err.splitlines() if not re.search(r": \d+ s$", line)]
+    assert said == [
+        "doctor: myfork: a tiny model of each of its LLM classes, with saep",
+        "doctor: myfork: without this plugin, LlavaSideForCausalLM",
+    ]
+    (tmp_path / "empty").mkdir()
+    again = trial.run_trial(
+        "myfork", "linear", {}, str(tmp_path / "empty"), stock=True, models=["LlavaSideForCausalLM"]
+    )
+    assert [t.model for t in again.trials] == ["LlavaSideForCausalLM"]
     assert found.verdict == "works"
     assert found.reason.endswith(", with LlavaLlamaForCausalLM; not checked: LlavaSideForCausalLM")
     reason = next(t.reason for t in found.trials if t.model == "LlavaSideForCausalLM")

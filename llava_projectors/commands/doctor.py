@@ -24,6 +24,7 @@ from typing import Any, Optional
 from llava_projectors import autoload
 from llava_projectors.commands.columns import print_columns
 from llava_projectors.commands.trial import CANNOT_WORK, NOT_CHECKED, STOCK_TYPE, WORKS, Report, Trial, run_trial
+from llava_projectors.commands.waiting import waiting
 from llava_projectors.integration.forks import known_forks
 from llava_projectors.integration.seams import SeamReport
 
@@ -179,21 +180,7 @@ def _diagnose_package(
             f"(`pip install -e .` in its checkout), or name your fork's package with --package; tried: {known_forks()}",
         )
     report = _try(package, type_string, arguments)
-    verdict, reason = _sum_up(report.trials)
-    if verdict == WORKS and not report.armed and not autoload.is_disabled():
-        verdict = CANNOT_WORK
-        reason = (
-            f"{package} can be patched but is not: set {autoload.PACKAGES_VARIABLE}={package}, or call "
-            f"llava_projectors.patch({package!r}) before training and serving; then it works ({reason})"
-        )
-    elif verdict == WORKS and any(note.startswith("transformers ") for note in untested):
-        verdict = NOT_CHECKED
-        reason = (
-            f"{'; '.join(untested)}: the tiny model's training step runs ({reason}), but loading and generating "
-            "were not tried with it: install transformers 4.37.2"
-        )
-    elif verdict != WORKS and untested:
-        reason += f" ({'; '.join(untested)})"
+    verdict, reason = _judge(package, report, untested)
     if report.type_string not in ("", type_string):
         whose = f"{package}'s own builder keeps {type_string!r}"
         reason += f"; tried with --mm_projector_type {report.type_string}, for {whose}"
@@ -209,6 +196,25 @@ def _diagnose_package(
     )
 
 
+def _judge(package: str, report: Report, untested: list[str]) -> tuple[str, str]:
+    """Verdict and reason: a package works where its trials do, it is armed, and its transformers was tested."""
+    verdict, reason = _sum_up(report.trials)
+    notes = "; ".join(untested)
+    if verdict != WORKS:
+        return verdict, f"{reason} ({notes})" if untested else reason
+    if not report.armed and not autoload.is_disabled():
+        return CANNOT_WORK, (
+            f"{package} can be patched but is not: set {autoload.PACKAGES_VARIABLE}={package}, or call "
+            f"llava_projectors.patch({package!r}) before training and serving; then it works ({reason})"
+        )
+    if any(note.startswith("transformers ") for note in untested):
+        return NOT_CHECKED, (
+            f"{notes}: the tiny model's training step runs ({reason}), but loading and generating were not tried with "
+            "it: install transformers 4.37.2"
+        )
+    return verdict, reason
+
+
 def _place(package: str) -> Optional[str]:
     try:
         spec = importlib.util.find_spec(package)
@@ -218,21 +224,28 @@ def _place(package: str) -> Optional[str]:
 
 
 def _try(package: str, type_string: str, arguments: Mapping[str, str]) -> Report:
-    """A trial with our type; where that ends in an error that is not ours, another without this plugin."""
-    with tempfile.TemporaryDirectory() as folder:
+    """A trial with our type; what ends in an error that is not ours is tried again without this plugin."""
+    what = f"doctor: {package}: a tiny model of each of its LLM classes, with {type_string}"
+    with tempfile.TemporaryDirectory() as folder, waiting(what):
         report = run_trial(package, type_string, arguments, folder)
-    if any(trial.foreign for trial in report.trials):
-        with tempfile.TemporaryDirectory() as folder:
-            stock = {t.model: t for t in run_trial(package, STOCK_TYPE, arguments, folder, stock=True).trials}
-        tried = report.type_string
-        for trial in report.trials:
-            alone = stock.get(trial.model)
-            if trial.foreign and (alone is None or alone.verdict != WORKS):
-                trial.verdict = NOT_CHECKED
-                trial.reason = _neither(trial, alone, tried)
-            elif trial.foreign:
-                trial.reason = f"{trial.model} runs with {STOCK_TYPE!r}, and with {tried!r} it fails: {trial.reason}"
+    failed = {trial.model: trial for trial in report.trials if trial.foreign and trial.model}
+    if failed:
+        what = f"doctor: {package}: without this plugin, {', '.join(failed)}"
+        with tempfile.TemporaryDirectory() as folder, waiting(what):
+            again = run_trial(package, STOCK_TYPE, arguments, folder, stock=True, models=list(failed))
+        stock = {trial.model: trial for trial in again.trials}
+        for name, trial in failed.items():
+            _compare_with_stock(trial, stock.get(name), report.type_string)
     return report
+
+
+def _compare_with_stock(trial: Trial, alone: Optional[Trial], tried: str) -> None:
+    """Put into the trial of a class that failed what became of it without this plugin."""
+    if alone is None or alone.verdict != WORKS:
+        trial.verdict = NOT_CHECKED
+        trial.reason = _neither(trial, alone, tried)
+    else:
+        trial.reason = f"{trial.model} runs with {STOCK_TYPE!r}, and with {tried!r} it fails: {trial.reason}"
 
 
 def _neither(trial: Trial, alone: Optional[Trial], type_string: str) -> str:
@@ -249,13 +262,18 @@ def _sum_up(trials: list[Trial]) -> tuple[str, str]:
     for verdict in (CANNOT_WORK, WORKS, NOT_CHECKED):
         found = [trial for trial in trials if trial.verdict == verdict]
         if found:
-            names = [trial.model for trial in found if trial.model and trial.model not in trial.reason]
-            reason = found[0].reason + (f", with {', '.join(names)}" if names else "")
-            untried = [trial.model for trial in trials if trial.verdict == NOT_CHECKED and trial.model]
-            if verdict == WORKS and untried:
-                reason += f"; not checked: {', '.join(untried)}"
-            return verdict, reason
+            return verdict, found[0].reason + _with_models(found) + (_untried(trials) if verdict == WORKS else "")
     return NOT_CHECKED, "nothing was tried"
+
+
+def _with_models(found: list[Trial]) -> str:
+    names = [trial.model for trial in found if trial.model and trial.model not in trial.reason]
+    return f", with {', '.join(names)}" if names else ""
+
+
+def _untried(trials: list[Trial]) -> str:
+    names = [trial.model for trial in trials if trial.model and trial.verdict == NOT_CHECKED]
+    return f"; not checked: {', '.join(names)}" if names else ""
 
 
 def _package_version(package: str, place: Optional[str]) -> Optional[str]:
@@ -285,9 +303,7 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
     for note in diagnosis.untested:
         print(f"note          {note}")
     for package in diagnosis.packages:
-        print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
-        print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams if seam.where], "    ")
-        print_columns([(trial.verdict, trial.model or "", trial.reason) for trial in package.trials], "    ")
+        _print_package(package)
     for problem in diagnosis.problems:
         print(f"PROBLEM: {problem}")
     for package in diagnosis.packages:
@@ -295,6 +311,13 @@ def print_diagnosis(diagnosis: Diagnosis, as_json: bool = False) -> None:
     if diagnosis.verdict == WORKS:
         types = dict.fromkeys(package.type_string for package in diagnosis.packages)
         print(f"All is well: pass --mm_projector_type {' or '.join(types)} to LLaVA's scripts.")
+
+
+def _print_package(package: PackageDiagnosis) -> None:
+    """Where it is, its seams, and what became of each of its LLM classes."""
+    print(f"{package.package:<14}{package.version or 'version unknown'}, {package.place or 'not found'}")
+    print_columns([(seam.state, seam.seam, ", ".join(seam.where)) for seam in package.seams if seam.where], "    ")
+    print_columns([(trial.verdict, trial.model or "", trial.reason) for trial in package.trials], "    ")
 
 
 def setting(text: str) -> tuple[str, str]:

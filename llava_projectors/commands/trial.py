@@ -43,6 +43,7 @@ WORKS, CANNOT_WORK, NOT_CHECKED = "works", "cannot work", "not checked"
 # Relative, so that builders that look for the name of OpenAI's model, or for a folder, are both content.
 TOWER = "openai/clip-vit-large-patch14-336"
 STOCK_TYPE = "linear"
+WITH_SIGLIP = " with SigLIP"  # behind the name of a class
 SECONDS = 600
 
 IMAGE_TOKEN = -200
@@ -109,7 +110,14 @@ class CannotWork(Exception):
 # In the process that asks
 
 
-def run_trial(package: str, type_string: str, arguments: Mapping[str, str], folder: str, stock: bool = False) -> Report:
+def run_trial(
+    package: str,
+    type_string: str,
+    arguments: Mapping[str, str],
+    folder: str,
+    stock: bool = False,
+    models: Optional[list[str]] = None,
+) -> Report:
     """Try a package in a process of its own.
 
     Args:
@@ -118,8 +126,10 @@ def run_trial(package: str, type_string: str, arguments: Mapping[str, str], fold
         arguments: further settings of the package's training script.
         folder: an empty one.
         stock: without this plugin, to see what the package does by itself.
+        models: what to try, as `Trial.model` has it; default all.
     """
-    request = {"package": package, "type_string": type_string, "arguments": dict(arguments), "stock": stock}
+    request: dict[str, Any] = {"package": package, "type_string": type_string, "arguments": dict(arguments)}
+    request.update(stock=stock, models=models)
     environment = {**os.environ, "TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     if stock:
@@ -196,7 +206,13 @@ class FirstErrors:
         return error
 
 
-def try_package(package: str, type_string: str, arguments: Mapping[str, str], stock: bool = False) -> Report:
+def try_package(
+    package: str,
+    type_string: str,
+    arguments: Mapping[str, str],
+    stock: bool = False,
+    models: Optional[list[str]] = None,
+) -> Report:
     """Import a package, build its classes with tiny parts, run each once; see `run_trial`."""
     watch = FirstErrors(package)
     sys.meta_path.insert(0, watch)  # type: ignore[arg-type]
@@ -216,9 +232,13 @@ def try_package(package: str, type_string: str, arguments: Mapping[str, str], st
         if missing is not None:
             return Report(rows, [missing])
         type_string = seams.our_name(package, type_string)
-    trials = [*try_siglip(classes, package, type_string, arguments, stock)] if "vision_tower" not in arguments else []
+    trials: list[Trial] = []
+    if "vision_tower" not in arguments:
+        chosen = {name: cls for name, cls in classes.items() if models is None or f"{name}{WITH_SIGLIP}" in models}
+        trials += try_siglip(chosen, package, type_string, arguments, stock)
     make_tower(Path(TOWER))
-    trials += [try_model(cls, name, package, type_string, arguments, stock) for name, cls in classes.items()]
+    chosen = {name: cls for name, cls in classes.items() if models is None or name in models}
+    trials += [try_model(cls, name, package, type_string, arguments, stock) for name, cls in chosen.items()]
     if not trials:
         causes = [watch.cause_of(error) for error in failures.values()]
         reason = import_failure(package, causes[0]) if causes else f"{package} has no class that ends in ForCausalLM"
@@ -310,6 +330,8 @@ def try_siglip(
     classes: Mapping[str, type[nn.Module]], package: str, type_string: str, arguments: Mapping[str, str], stock: bool
 ) -> Iterator[Trial]:
     """A trial with SigLIP of each class that runs with it and a projector of LLaVA's own."""
+    if not classes:
+        return
     cache = Path("hub").absolute()
     try:
         make_siglip(cache)
@@ -322,7 +344,7 @@ def try_siglip(
                 run_once(build(cls, package, STOCK_TYPE, settings))
             except Exception:  # it knows no such tower, or cannot be run on tiny parts
                 continue
-            yield try_model(cls, f"{name} with SigLIP", package, type_string, settings, stock)
+            yield try_model(cls, f"{name}{WITH_SIGLIP}", package, type_string, settings, stock)
 
 
 def try_model(

@@ -229,8 +229,8 @@ def round_trip(cls, model):
 def run_doctor(job):
     """The diagnosis of the package; its trials are forks of this process too."""
 
-    def run_trial(package, type_string, arguments, folder, stock=False):
-        report = in_fork(lambda: trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, stock)))
+    def run_trial(package, type_string, arguments, folder, **how):
+        report = in_fork(lambda: trial.dataclasses.asdict(trial.try_package(package, type_string, arguments, **how)))
         if "error" in report:
             return trial.Report([], [trial.Trial(trial.NOT_CHECKED, report["error"])])
         rows = [doctor.SeamReport(s["seam"], s["state"], tuple(s["where"])) for s in report["seams"]]
