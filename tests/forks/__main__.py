@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "forks.md")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as data:
+    with tempfile.TemporaryDirectory(prefix="data_") as data:  # in /tmp/tmpt... LLaVA's script finds an `mpt`
         subprocess.run([sys.executable, str(HERE / "assets.py"), data], check=True, env=variables(ROWS[0], options))
         rows = [row for row in ROWS if not options.only or row.folder in options.only]
         for version in dict.fromkeys(row.transformers for row in rows):

@@ -23,6 +23,7 @@ EXTRAS = (
     "ezcolorlog", "coloredlogs", "humanfriendly", "colorama", "loguru", "hydra-core", "omegaconf",
     "antlr4-python3-runtime==4.9.3", "tiktoken", "av", "six", "imageio", "imgaug", "scikit-image", "shapely",
     "networkx", "tifffile", "lazy_loader", "easydict", "termcolor", "pycocotools", "tabulate",
+    "tyro", "docstring-parser", "shtab", "typeguard", "rich", "markdown-it-py", "mdurl", "pygments",
 )  # fmt: skip
 
 USUAL_TYPE = "saep"
@@ -67,7 +68,9 @@ class Row:
 
 ROWS = (
     Row("LLaVA", "haotian-liu/LLaVA", "llava"),
-    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", "4.41.2", stand_ins=("av", "decord", "cv2", "datasets", "tyro")),
+    Row("LLaVA-NeXT", "LLaVA-VL/LLaVA-NeXT", "llava", "4.41.2", stand_ins=("av", "decord", "cv2", "datasets"),
+        tower="SigLIP, tried by doctor and in [llava_next.md](llava_next.md)",
+        train_arguments={"attn_implementation": "sdpa", "bf16": "True"}),
     Row("ShareGPT4V", "ShareGPT4Omni/ShareGPT4V", "share4v", "4.31.0"),
     Row("LLaVA-Med", "microsoft/LLaVA-Med", "llava", train=None),
     Row("MGM", "dvlab-research/MGM", "mgm", stand_ins=("paddleocr",),
