@@ -1,6 +1,7 @@
 """8 and 4 bits by bitsandbytes, which from 0.50 on runs on a CPU: every type beside LLaVA's own `mlp2x_gelu`."""
 
 import copy
+import json
 import sys
 
 import pytest
@@ -130,3 +131,32 @@ def test_llavas_own_loader(checkpoint, can_generate, loads_without_a_gpu, bits):
     for projector_type in ("saep", "tokenpacker"):
         # On a tower of 32 channels, TokenPacker's initial weights of 0.02 make signals that small errors change more.
         assert tokens_error(*checkpoint(projector_type), bits) < 2 * TIMES_STOCK * stock
+
+
+def test_qlora_by_llavas_own_script(llava_train, loads_without_a_gpu, tmp_path, monkeypatch):
+    """`--bits 4`: the LLM in 4 bits, the projector whole, trained and saved."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "prepare_model", lambda self, model, **_: model)  # which it puts on a GPU
+    layers = []
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", counted(bnb.nn.Linear4bit.forward, layers))
+    settings = {"lora_enable": True, "lora_r": 4, "bits": 4, "max_steps": 2, "no_cuda": True, "bf16": True}
+    llava_train("saep", **settings)
+    assert len(set(layers)) == 2 * 7 + 1  # two layers of Llama and its head; the projector has further linear layers
+    history = json.loads((tmp_path / "llava-x" / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["loss"] > 0 for entry in history if "loss" in entry)
+    saved = torch.load(tmp_path / "llava-x" / "non_lora_trainables.bin", weights_only=True)
+    found = {name.split("mm_projector.")[1]: value for name, value in saved.items() if "mm_projector." in name}
+    expected = build_projector("saep", 32, 80).state_dict()
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
+    assert all(value.is_floating_point() and value.isfinite().all() for value in found.values())
+
+
+def counted(forward, layers):
+    """The forward of a class, which notes the modules that it is called on."""
+
+    def noting(self, *args, **kwargs):
+        layers.append(id(self))
+        return forward(self, *args, **kwargs)
+
+    return noting
