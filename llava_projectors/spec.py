@@ -235,26 +235,40 @@ def declared_options(cls: type) -> dict[str, Option]:
 
 
 def _values(hint: Any, where: str) -> Values:
+    """What an annotation allows; `where` says in an error whose it is."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if type(None) in arguments:
-        inner = [argument for argument in arguments if argument is not type(None)]
-        if len(inner) == 1:
-            return replace(_values(inner[0], where), or_none=True)
-    elif origin is typing.Literal and type(arguments[0]) in _PLAIN and len(set(map(type, arguments))) == 1:
-        expects = "one of " + ", ".join(map(format_value, arguments))
-        return replace(_PLAIN[type(arguments[0])], expects=expects, choices=arguments)
-    elif origin is tuple and arguments[1:] == (Ellipsis,) and arguments[0] in _PLAIN:
-        item = _PLAIN[arguments[0]]
-        return Values(
-            f"{item.expects}, or several joined by '+'",
-            lambda text: tuple(map(item.convert, text.split("+"))),
-            lambda value: isinstance(value, tuple) and all(map(item.hold, value)),
+    if len(arguments) == 2 and type(None) in arguments:
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return replace(_values(inner, where), or_none=True)
+    if origin is typing.Literal:
+        values = _literal_values(arguments)
+    elif origin is tuple:
+        values = _tuple_values(arguments)
+    else:
+        values = _PLAIN.get(hint)
+    if values is None:
+        raise TypeError(
+            f"{where} is annotated {hint!r}; a type string can give int, float, bool, str, "
+            "Literal[...] of one of these, tuple[int, ...] or Optional of these"
         )
-    elif hint in _PLAIN:
-        return _PLAIN[hint]
-    raise TypeError(
-        f"{where} is annotated {hint!r}; a type string can give int, float, bool, str, "
-        "Literal[...] of one of these, tuple[int, ...] or Optional of these"
+    return values
+
+
+def _literal_values(choices: tuple[Any, ...]) -> Optional[Values]:
+    kind = type(choices[0])
+    if kind not in _PLAIN or any(type(choice) is not kind for choice in choices):
+        return None
+    return replace(_PLAIN[kind], expects="one of " + ", ".join(map(format_value, choices)), choices=choices)
+
+
+def _tuple_values(arguments: tuple[Any, ...]) -> Optional[Values]:
+    if arguments[1:] != (Ellipsis,) or arguments[0] not in _PLAIN:
+        return None
+    item = _PLAIN[arguments[0]]
+    return Values(
+        f"{item.expects}, or several joined by '+'",
+        lambda text: tuple(map(item.convert, text.split("+"))),
+        lambda value: isinstance(value, tuple) and all(map(item.hold, value)),
     )
 
 

@@ -356,7 +356,7 @@ def try_model(
         seen = run_once(model)
         if stock:
             return Trial(WORKS, "by itself", name)
-        return Trial(WORKS, check(model, seen), name)
+        return Trial(WORKS, judge(model, seen), name)
     except CannotWork as reason:
         return Trial(CANNOT_WORK, str(reason), name)
     except OUR_ERRORS as error:
@@ -549,7 +549,7 @@ def first_layer(model: Any, tower: nn.Module) -> nn.Module:
     raise LookupError(f"{type(model).__name__} has no list of layers")
 
 
-def check(model: Any, seen: Seen) -> str:
+def judge(model: Any, seen: Seen) -> str:
     """What is to be seen when a projector of ours works.
 
     Raises:
@@ -562,11 +562,22 @@ def check(model: Any, seen: Seen) -> str:
             f"{name} built a {type(projector).__name__} and a {type(tower).__name__}, though --mm_projector_type asks "
             "for one of ours: it chooses its projector by another setting, or builds it in line"
         )
+    check_features(name, seen)
+    tokens = seen.positions - len(TEXT_TOKENS)
+    if tokens != tower.num_patches:
+        raise CannotWork(f"{name} gives its LLM {tokens} visual tokens, and the projector made {tower.num_patches}")
+    check_gradients(name, seen.loss, [parameter.grad for parameter in projector.parameters()])
+    before = (tower.patch_side or 0) ** 2
+    return f"{before} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
+
+
+def check_features(name: str, seen: Seen) -> None:
+    """Raise CannotWork unless what the tower gives, and nothing else, goes to the projector of the model `name`."""
     for inputs, named, _ in seen.projectors:
         if len(inputs) != 1 or named:
             further = f"{len(inputs)} arguments" + (f" and {', '.join(named)}" if named else "")
             raise CannotWork(f"{name} calls its projector with {further}: ours takes the features alone")
-    given, taken = rows_of(seen.towers), rows_of([inputs[0] for inputs, _, _ in seen.projectors])
+    given, taken = joined_rows(seen.towers), joined_rows([inputs[0] for inputs, _, _ in seen.projectors])
     if given.shape != taken.shape:
         raise CannotWork(
             f"{name} calls its projector {len(seen.projectors)} times for {len(seen.towers)} calls of its vision "
@@ -575,19 +586,17 @@ def check(model: Any, seen: Seen) -> str:
         )
     if not torch.equal(given, taken):
         raise CannotWork(f"{name} changes the features on their way from its vision tower to its projector")
-    tokens = seen.positions - len(TEXT_TOKENS)
-    if tokens != tower.num_patches:
-        raise CannotWork(f"{name} gives its LLM {tokens} visual tokens, and the projector made {tower.num_patches}")
-    gradients = [parameter.grad for parameter in projector.parameters()]
-    if not math.isfinite(seen.loss) or any(g is None or not g.isfinite().all() for g in gradients):
-        raise CannotWork(f"{name} gives its projector no gradients; the loss is {seen.loss}")
+
+
+def check_gradients(name: str, loss: float, gradients: list[Optional[torch.Tensor]]) -> None:
+    """Raise CannotWork unless the projector of the model `name` would learn."""
+    if not math.isfinite(loss) or any(g is None or not g.isfinite().all() for g in gradients):
+        raise CannotWork(f"{name} gives its projector no gradients; the loss is {loss}")
     if gradients and not any(g.any() for g in gradients if g is not None):
         raise CannotWork(f"{name} gives its projector gradients of zero")
-    before = (tower.patch_side or 0) ** 2
-    return f"{before} -> {tokens} visual tokens at the first layer of its LLM, gradients in the projector"
 
 
-def rows_of(values: list[Any]) -> torch.Tensor:
+def joined_rows(values: list[Any]) -> torch.Tensor:
     """The features [..., C] of several calls, joined to [rows, C]; of a pair its first."""
     parts = []
     for value in values:

@@ -47,6 +47,14 @@ class CanvasBatch:
     videos: frozenset[int] = frozenset()
     ndim: ClassVar[int] = 4
 
+    def canvases(self, side: int) -> list[torch.Tensor]:
+        """The canvases of all places, place by place, with tiles of this side; of uncut places the one whole tile."""
+        return [
+            slicing.to_whole(canvas, side) if number in self.uncut else canvas
+            for number, place in enumerate(self.places)
+            for canvas in place
+        ]
+
 
 def complete(model: Any, tokenizer: Any) -> None:
     """Make the image processor of a model's tower follow its config, and complete the config.
@@ -71,7 +79,7 @@ def complete(model: Any, tokenizer: Any) -> None:
     tower.set_slicing(wanted)
     if wanted is None:
         return
-    refuse_unsupported(model)
+    refuse_other_layout(model)
     config.image_aspect_ratio = slicing.NAME
     for option, attribute in slicing.CONFIG_OPTIONS.items():
         setattr(config, attribute, getattr(wanted, option))
@@ -84,7 +92,7 @@ def complete(model: Any, tokenizer: Any) -> None:
     )
 
 
-def refuse_unsupported(model: Any) -> None:
+def refuse_other_layout(model: Any) -> None:
     """Raise for a model whose pictures could not be laid out in tiles."""
     merge_type = getattr(model.config, "mm_patch_merge_type", "flat")
     if merge_type != "flat":
@@ -145,26 +153,27 @@ def encode(model: Any, batch: CanvasBatch) -> list[torch.Tensor]:
     """
     tower, projector = find_tower(model), model.get_model().mm_projector
     side = tile_side(tower.image_processor)
-    canvases = [
-        slicing.to_whole(canvas, side) if number in batch.uncut else canvas
-        for number, place in enumerate(batch.places)
-        for canvas in place
-    ]
-    found = [slicing.canvas_grid(canvas, side) for canvas in canvases]
+    canvases = batch.canvases(side)
+    grids = [slicing.canvas_grid(canvas, side) for canvas in canvases]
     tiles = [tile for canvas in canvases for tile in slicing.to_tiles(canvas, side)]
     tokens = encode_tiles(tower, projector, tiles, tower.slicing.chunk_size)
-    warn_of_length(model, found, tokens.shape[1])
+    warn_of_length(model, grids, tokens.shape[1])
 
-    comma, newline = separators_of(model.config)
-    ids = [newline if ends else comma for grid in found for ends in slicing.ends_line(grid)]
-    separators = model.get_model().embed_tokens(torch.tensor(ids, device=tokens.device)).to(tokens.device)
-    sequence = torch.cat([tokens, separators[:, None]], dim=1)
-    counts = iter(map(slicing.tile_count, found))
+    sequence = torch.cat([tokens, embed_separators(model, grids, tokens.device)[:, None]], dim=1)
+    counts = iter(map(slicing.tile_count, grids))
     lengths = [sum(next(counts) for _ in place) for place in batch.places]
     places = list(sequence.split(lengths))
     for video in batch.videos:
         places[video] = pool_frames(model, tokens.split(lengths)[video])
     return [tiles_of_place.flatten(0, 1) for tiles_of_place in places]
+
+
+def embed_separators(model: Any, grids: Sequence[slicing.Grid], device: torch.device) -> torch.Tensor:
+    """The input embedding of the separator after each tile of these grids, [tiles, D]."""
+    comma, newline = separators_of(model.config)
+    ids = [newline if ends else comma for grid in grids for ends in slicing.ends_line(grid)]
+    embedded: torch.Tensor = model.get_model().embed_tokens(torch.tensor(ids, device=device)).to(device)
+    return embedded
 
 
 def pool_frames(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -223,10 +232,10 @@ def separators_of(config: Any) -> Sequence[int]:
     return ids
 
 
-def warn_of_length(model: Any, found: Sequence[slicing.Grid], tokens_of_tile: int) -> None:
+def warn_of_length(model: Any, grids: Sequence[slicing.Grid], tokens_of_tile: int) -> None:
     """Once per model, say when a picture alone is longer than what LLaVA keeps of a sequence."""
     limit = getattr(model.config, "tokenizer_model_max_length", None)
-    longest = max(found, key=slicing.tile_count)
+    longest = max(grids, key=slicing.tile_count)
     length, tower = slicing.visual_tokens(longest, tokens_of_tile), find_tower(model)
     if limit is None or length <= limit or tower.warned_of_length:
         return
@@ -269,10 +278,14 @@ def prepare_inputs(original: Function, package: Package, model: Any, *args: Any,
             several = places_of(arguments["input_ids"], inspect.unwrap(original).__globals__["IMAGE_TOKEN_INDEX"])
             batch.uncut = frozenset(number for number, count in enumerate(several) if count > 1)
             if isinstance(images, list) or images.ndim == 5:  # else it takes each frame for a picture
-                kinds = [kinds] if isinstance(kinds, str) else kinds
-                batch.videos = frozenset(number for number, kind in enumerate(kinds) if kind == "video")
+                batch.videos = videos_among([kinds] if isinstance(kinds, str) else kinds)
                 batch.uncut |= batch.videos
     return original(*bound.args, **bound.kwargs)
+
+
+def videos_among(kinds: Sequence[str]) -> frozenset[int]:
+    """The places that hold a video, by LLaVA-NeXT's `modalities`."""
+    return frozenset(number for number, kind in enumerate(kinds) if kind == "video")
 
 
 def encode_images(original: Function, package: Package, model: Any, images: Any, *args: Any, **kwargs: Any) -> Any:

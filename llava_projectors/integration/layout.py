@@ -38,13 +38,9 @@ def announce(model: Any) -> None:
 def most_tokens(model: Any, tower: Any) -> Optional[int]:
     """Visual tokens of a picture at most, newlines counted, with `anyres`; None where it is laid out otherwise."""
     config: Any = model.config
-    setting = str(getattr(config, "image_aspect_ratio", None))
     merge_type = str(getattr(config, "mm_patch_merge_type", "flat"))
-    code = inspect.unwrap(getattr(type(model), INPUTS_PREPARER)).__code__
-    limit = re.fullmatch(r"anyres(?:_max_(\d+))?", setting)
-    if limit is None or not {*code.co_names} >= _ANYRES_FUNCTIONS or merge_type not in _MERGE_TYPES:
-        return None
-    if limit[1] and "anyres_max" not in code.co_consts:
+    limit = re.fullmatch(r"anyres(?:_max_(\d+))?", str(getattr(config, "image_aspect_ratio", None)))
+    if limit is None or merge_type not in _MERGE_TYPES or not _lays_out_tiles(model, has_limit=bool(limit[1])):
         return None
     side, pixels = tower.num_patches_per_side, getattr(tower.config, "image_size", 0)
     grids = {(height // pixels, width // pixels) for width, height in _resolutions(config) if pixels}
@@ -54,6 +50,12 @@ def most_tokens(model: Any, tower: Any) -> Optional[int]:
         return side**2 * (1 + max(rows * columns for rows, columns in grids))
     most_tiles = int(limit[1]) if limit[1] else None
     return side**2 + max(_most_unpadded(rows * side, columns * side, side, most_tiles) for rows, columns in grids)
+
+
+def _lays_out_tiles(model: Any, has_limit: bool) -> bool:
+    """Whether the model's own code lays out the tiles of `anyres`, and of `anyres_max` where there is a limit."""
+    code = inspect.unwrap(getattr(type(model), INPUTS_PREPARER)).__code__
+    return {*code.co_names} >= _ANYRES_FUNCTIONS and (not has_limit or "anyres_max" in code.co_consts)
 
 
 def _resolutions(config: Any) -> list[tuple[int, int]]:

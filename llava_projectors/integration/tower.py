@@ -382,30 +382,8 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     """
     if isinstance(tower, ReducedTower):
         return
-    refuse_unsupported(tower, resolved, cfg)
-    tower_class: Any = type(tower)
-    gives_hidden_states = _mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")
-    has_hidden_states = gives_hidden_states and _mentions(tower_class, "vision_tower")
-    further = _further_models(tower) if has_hidden_states else []
-    if has_hidden_states and not further:
-        layers = layers_of(tower, tower_class, resolved)
-        side = tower.config.image_size // tower.config.patch_size
-    else:
-        layers = ()
-        tuples = _tuples_returned(tower_class.forward)
-        if tuples and all(tuples):
-            raise ProjectorSpecError(
-                f"projector type {resolved.type_string!r} needs one tensor of features: the forward of the vision "
-                f"tower {tower_class.__name__} returns several"
-            )
-        if further:
-            reason = f"which joins its `vision_tower` with {' and '.join(further)}"
-        elif gives_hidden_states:
-            reason = "whose vision model is not its `vision_tower`"
-        else:
-            reason = "which gives no hidden states"
-        refuse_several_layers(tower, resolved, reason, "-1")
-        side = math.isqrt(getattr(tower, "num_patches", 0)) or None
+    refuse_unsupported_tower(tower, resolved, cfg)
+    layers, side = _layers_and_side(tower, resolved)
     second = next((name for name in SECOND_TOWER_SETTINGS if getattr(cfg, name, None)), None)
     if second:
         refuse_several_layers(
@@ -413,8 +391,8 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
         )
     if side is not None:
         resolved.output_side(side)  # a stride larger than the grid is an error now
-    mixin: Any = MultiLayerTower if layers else OneLayerTower
-    tower.__class__ = _subclass(mixin, tower_class)
+    tower_class: Any = type(tower)
+    tower.__class__ = _subclass(MultiLayerTower if layers else OneLayerTower, tower_class)
     tower.projector_spec = resolved
     tower.projector_layers = layers
     tower.patch_side = side
@@ -423,6 +401,34 @@ def convert_tower(tower: Any, resolved: ResolvedSpec, cfg: Any = None) -> None:
     slicing = slicing_of(cfg)
     if slicing is not None:
         tower.set_slicing(slicing)
+
+
+def _layers_and_side(tower: Any, resolved: ResolvedSpec) -> tuple[tuple[int, ...], Optional[int]]:
+    """The hidden states that the tower is to return, () for its own features, and the side of its patch grid.
+
+    The side is None where only the first forward tells.
+
+    Raises:
+        ProjectorSpecError: the features are not hidden states of the `vision_tower` alone, and the projector reads
+            several, or the forward returns several tensors.
+    """
+    tower_class: Any = type(tower)
+    if not (_mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")):
+        reason = "which gives no hidden states"
+    elif not _mentions(tower_class, "vision_tower"):
+        reason = "whose vision model is not its `vision_tower`"
+    elif further := _further_models(tower):
+        reason = f"which joins its `vision_tower` with {' and '.join(further)}"
+    else:
+        return layers_of(tower, tower_class, resolved), tower.config.image_size // tower.config.patch_size
+    tuples = _tuples_returned(tower_class.forward)
+    if tuples and all(tuples):
+        raise ProjectorSpecError(
+            f"projector type {resolved.type_string!r} needs one tensor of features: the forward of the vision "
+            f"tower {tower_class.__name__} returns several"
+        )
+    refuse_several_layers(tower, resolved, reason, "-1")
+    return (), math.isqrt(getattr(tower, "num_patches", 0)) or None
 
 
 def give_other_readers_one_layer(model: Any) -> None:
@@ -468,17 +474,26 @@ def see_real_grid(tower: Any) -> None:
         # It takes our one tensor apart, or its `vision_tower` is a list of models.
         if "to unpack" in str(error) or 'missing the required "forward"' in str(error):
             raise _refused_forward(tower, f"ends in {type(error).__name__}: {error}") from error
-        # The fork resizes pictures elsewhere; its position embedding tells for what.
-        model = getattr(tower, "vision_tower", tower)
-        vision_model = getattr(model, "vision_model", model)
-        embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
-        if embedding is not None:  # else the first forward tells, or fails with an error of its own
-            tower.see_grid(embedding.weight.shape[0])
+        _see_embedded_grid(tower)
     else:
-        parts = features if isinstance(features, list) else [features]
-        if not isinstance(features, tuple) and not all(isinstance(p, torch.Tensor) and p.ndim == 3 for p in parts):
-            shown = ", ".join(str(list(p.shape)) if isinstance(p, torch.Tensor) else type(p).__name__ for p in parts)
-            raise _refused_forward(tower, f"returns {shown}, not features [images, patches, channels]")
+        _check_features(tower, features)
+
+
+def _see_embedded_grid(tower: Any) -> None:
+    """Take the grid from the position embedding: a fork that resizes pictures elsewhere has it for what it makes."""
+    model = getattr(tower, "vision_tower", tower)
+    vision_model = getattr(model, "vision_model", model)
+    embedding = getattr(getattr(vision_model, "embeddings", None), "position_embedding", None)
+    if embedding is not None:  # else the first forward tells, or fails with an error of its own
+        tower.see_grid(embedding.weight.shape[0])
+
+
+def _check_features(tower: Any, features: Any) -> None:
+    """Raise unless a forward has returned features, a list of them, or them with something beside."""
+    parts = features if isinstance(features, list) else [features]
+    if not isinstance(features, tuple) and not all(isinstance(p, torch.Tensor) and p.ndim == 3 for p in parts):
+        shown = ", ".join(str(list(p.shape)) if isinstance(p, torch.Tensor) else type(p).__name__ for p in parts)
+        raise _refused_forward(tower, f"returns {shown}, not features [images, patches, channels]")
 
 
 def _refused_forward(tower: Any, what: str) -> ProjectorSpecError:
@@ -511,7 +526,7 @@ def refuse_several_layers(tower: Any, resolved: ResolvedSpec, reason: str, layer
         )
 
 
-def refuse_unsupported(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
+def refuse_unsupported_tower(tower: Any, resolved: ResolvedSpec, cfg: Any) -> None:
     """Raise for towers and settings whose features are not a square grid of C channels."""
     prefix = f"projector type {resolved.type_string!r}"
     if hasattr(tower, "s2_scales"):
@@ -569,29 +584,20 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
         ProjectorSpecError: out of range, unsorted, doubled, not ending in `select_layer`, or others than
             the checkpoint was trained with.
     """
-    given = resolved.options.get("layers")
     prefix = f"projector type {resolved.type_string!r}"
     tower_is = f"the vision tower has {depth} layers, hidden states 0 to {depth} or {-depth - 1} to -1"
-    if not -depth - 1 <= select_layer <= depth:
-        raise ProjectorSpecError(f"{prefix}: --mm_vision_select_layer {select_layer} is out of range; {tower_is}")
-    selected = select_layer % (depth + 1)
-    layers = given or resolved.cls.default_layers(selected)
-    shown = f"layers={format_value(layers)}"
-    for layer in layers:
+
+    def from_start(layer: int, what: str) -> int:
         if not -depth - 1 <= layer <= depth:
-            raise ProjectorSpecError(f"{prefix}: layer {layer} is out of range; {tower_is}")
-    absolute = tuple(layer % (depth + 1) for layer in layers)
+            raise ProjectorSpecError(f"{prefix}: {what} {layer} is out of range; {tower_is}")
+        return layer % (depth + 1)
+
+    selected = from_start(select_layer, "--mm_vision_select_layer")
+    layers = resolved.options.get("layers") or resolved.cls.default_layers(selected)
+    absolute = tuple(from_start(layer, "layer") for layer in layers)
+    shown = f"layers={format_value(layers)}"
     if list(absolute) != sorted(set(absolute)):
-        if not given:
-            raise ProjectorSpecError(
-                f"{prefix}: the default layers need a deeper tower: with --mm_vision_select_layer {select_layer} "
-                f"they would be {format_value(absolute)}; list the layers yourself, for example "
-                f"{resolved.cls.name}:layers={selected}; {tower_is}"
-            )
-        raise ProjectorSpecError(
-            f"{prefix}: {shown} must be ascending and without repeats "
-            f"(here {format_value(absolute)}, counted from 0); {tower_is}"
-        )
+        raise ProjectorSpecError(f"{prefix}: {_why_unordered(resolved, absolute, select_layer, selected)}; {tower_is}")
     if absolute[-1] != selected:
         raise ProjectorSpecError(
             f"{prefix}: {shown} must end in hidden state {selected}, which --mm_vision_select_layer "
@@ -605,3 +611,17 @@ def resolve_layers(resolved: ResolvedSpec, depth: int, select_layer: int) -> tup
             f"({OPTIONS_SETTING} in its config.json); {tower_is}"
         )
     return absolute
+
+
+def _why_unordered(resolved: ResolvedSpec, absolute: tuple[int, ...], select_layer: int, selected: int) -> str:
+    """What is wrong with layers that do not ascend: the defaults do so in every tower that is deep enough."""
+    given = resolved.options.get("layers")
+    if given:
+        return (
+            f"layers={format_value(given)} must be ascending and without repeats "
+            f"(here {format_value(absolute)}, counted from 0)"
+        )
+    return (
+        f"the default layers need a deeper tower: with --mm_vision_select_layer {select_layer} they would be "
+        f"{format_value(absolute)}; list the layers yourself, for example {resolved.cls.name}:layers={selected}"
+    )

@@ -351,14 +351,7 @@ def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> 
     """
     for prefix, projector in projectors_of(model):
         expected = expected_shapes(projector)
-        # transformers leaves the model's own prefix out where no key of the checkpoint has it.
-        places = (prefix, prefix.partition(".")[2])
-        missing = {key[len(place) :] for key in info["missing_keys"] for place in places if key.startswith(place)}
-        mismatched = {
-            entry[0][len(prefix) :]: tuple(entry[1]) for entry in info["mismatched_keys"] if prefix in entry[0]
-        }
-        # Under another prefix than the model's, they are not loaded, however they are called.
-        left_over = projector_keys(info["unexpected_keys"]).keys() - missing
+        missing, mismatched, left_over = _reported(prefix, info)
         elsewhere = other_prefix(expected, info["unexpected_keys"]) is not None
         if not (missing or mismatched or left_over):
             continue
@@ -369,6 +362,20 @@ def check_pretrained(model: nn.Module, info: Mapping[str, Any], source: str) -> 
         found.update(mismatched)
         found.update(dict.fromkeys(left_over, ()))
         raise _misfit(projector, source, problems(expected, found), found, info["unexpected_keys"])
+
+
+def _reported(prefix: str, info: Mapping[str, Any]) -> tuple[set[str], Shapes, set[str]]:
+    """What `from_pretrained` reports of the projector with this prefix, by names within it.
+
+    Returns:
+        the missing, those of another shape with the shape that they have, and those that nothing takes.
+    """
+    # transformers leaves the model's own prefix out where no key of the checkpoint has it.
+    places = (prefix, prefix.partition(".")[2])
+    missing = {key[len(place) :] for key in info["missing_keys"] for place in places if key.startswith(place)}
+    mismatched = {entry[0][len(prefix) :]: tuple(entry[1]) for entry in info["mismatched_keys"] if prefix in entry[0]}
+    # Under another prefix than the model's, they are not loaded, however they are called.
+    return missing, mismatched, projector_keys(info["unexpected_keys"]).keys() - missing
 
 
 def _misfit(

@@ -180,7 +180,7 @@ def with_ours(cls, name, job):
     row = {"model": name}
     try:
         model = trial.build(cls, job["package"], job["type"], job["arguments"])
-        row["seen"] = trial.check(model, trial.run_once(model))
+        row["seen"] = trial.judge(model, trial.run_once(model))
     except Exception as error:
         traceback.print_exc()
         row["error"] = str(error).strip().split("\n")[0] if isinstance(error, OURS) else trial.one_line(error)
