@@ -24,7 +24,7 @@ from llava_projectors.export.pictures import image_layout, processor_settings
 from llava_projectors.export.templates import choose, with_start_token
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import export_tokenizer, spaces_differ
-from llava_projectors.export.tower import INNER, OWN, Tower, check, read_tower, tower_weights
+from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, tower_weights
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
@@ -166,7 +166,7 @@ def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Outp
     if "lm_head.weight" not in source and export.checkpoint.config.get("tie_word_embeddings"):
         source["lm_head.weight"] = source["model.embed_tokens.weight"]
     known_rows = {"model.embed_tokens.weight": (), "lm_head.weight": ()}
-    check(source, {**llm_shapes, **known_rows}, str(export.checkpoint.source))
+    check_whole(source, {**llm_shapes, **known_rows}, str(export.checkpoint.source))
 
     outputs = [Output(f"model.vision_tower.{key}", weight.shape, weight.read) for key, weight in tower.items()]
     outputs += [

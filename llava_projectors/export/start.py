@@ -22,7 +22,7 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.pictures import processor_settings
 from llava_projectors.export.tensors import Output, write_checkpoint
-from llava_projectors.export.tower import Tower, check
+from llava_projectors.export.tower import Tower, check_whole
 from llava_projectors.files import checkpoint_tensors, read_config
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.integration.weights import Shapes
@@ -120,7 +120,7 @@ def _outputs(
     stored = {_new_name(key): tensor for key, tensor in checkpoint_tensors(folder).items()}
     stored = {key: tensor for key, tensor in stored.items() if ".multi_modal_projector." not in key}
     stored.setdefault("lm_head.weight", stored["model.language_model.embed_tokens.weight"])
-    check({key: Weight(tensor) for key, tensor in stored.items()}, _expected(tower, text), str(folder))
+    check_whole({key: Weight(tensor) for key, tensor in stored.items()}, _expected(tower, text), str(folder))
     dtype = next((name for name, kind in DTYPES.items() if kind == stored["lm_head.weight"].dtype), None)
     if dtype is None:
         raise ExportError(f"{folder} stores the LLM in no dtype of {', '.join(DTYPES)}: take one that is not quantised")

@@ -95,11 +95,11 @@ def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) 
     expected = {key: shape for key, shape in shapes.items() if not (tower.is_siglip and key.startswith("head."))}
     bare = {key.removeprefix(INNER): weight for key, weight in found.items()}
     used = {f"{INNER}{key}": weight for key, weight in bare.items() if key in expected}
-    check(used, {f"{INNER}{key}": shape for key, shape in expected.items()}, source)
+    check_whole(used, {f"{INNER}{key}": shape for key, shape in expected.items()}, source)
     return used
 
 
-def check(found: Mapping[str, Weight], expected: weights.Shapes, source: str) -> None:
+def check_whole(found: Mapping[str, Weight], expected: weights.Shapes, source: str) -> None:
     """Raise ExportError unless weights have the expected names and shapes."""
     wrong = weights.problems(expected, {name: weight.shape for name, weight in found.items()})
     if wrong:
