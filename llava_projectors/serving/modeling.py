@@ -24,7 +24,7 @@ from llava_projectors.serving.travel import write_code
 KEPT = ("README.md", "chat_template_vllm.jinja")
 
 
-def build_projector(config: Any) -> nn.Module:
+def projector_of(config: Any) -> nn.Module:
     """The projector that an exported config describes, with fresh weights.
 
     Args:
@@ -85,7 +85,7 @@ class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build the stock projector
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = build_projector(config)
+        self.multi_modal_projector = projector_of(config)
         # `device_map="auto"` puts it on one device: its forward uses weights of its parts together.
         unsplit: Any = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = [*unsplit, type(self.multi_modal_projector).__name__]

@@ -21,7 +21,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageSize
 
 from llava_projectors.serving.layout import Layout, Slices, layout_of, pack_pictures
-from llava_projectors.serving.modeling import build_projector
+from llava_projectors.serving.modeling import projector_of
 from llava_projectors.serving.processing import LlavaProjectorsProcessor
 
 
@@ -76,7 +76,7 @@ class LlavaProjectorsForConditionalGeneration(LlavaForConditionalGeneration):  #
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.layout = layout_of(config.image_layout)
         with self._mark_tower_model(vllm_config, "image"):
-            self.multi_modal_projector = build_projector(config)
+            self.multi_modal_projector = projector_of(config)
         if self.layout.newline:
             self.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size))
 
