@@ -34,7 +34,7 @@ StrPath = Union[str, "os.PathLike[str]"]
 # In the order in which transformers looks for them.
 STEMS = ("model.safetensors", "pytorch_model.bin")
 # How safetensors calls a dtype -> how torch does; old versions of torch lack the narrow ones.
-DTYPES = {
+STORED_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -213,7 +213,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     import torch
     from safetensors import safe_open
 
-    dtypes = {name: getattr(torch, kind) for name, kind in DTYPES.items() if hasattr(torch, kind)}
+    dtypes = {name: getattr(torch, kind) for name, kind in STORED_DTYPES.items() if hasattr(torch, kind)}
     with safe_open(path, framework="numpy") as file:  # for torch, it would map a file larger than memory in vain
         parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         return {

@@ -44,8 +44,6 @@ ENTRY_POINT_GROUP = "llava_projectors"
 OPTIONS_SETTING = "mm_projector_options"
 # Beside them: the version of this package that trained it.
 VERSION_SETTING = "llava_projectors_version"
-# The one option whose meaning depends on the vision tower: its numbers may count from the tower's end.
-LAYERS = "layers"
 
 
 def list_projectors() -> list[str]:
@@ -278,7 +276,7 @@ def _agree(name: str, given: Any, kept: Any) -> bool:
     Layers counted from the end are compared in `resolve_layers`, which knows the tower. A record without
     layers is of a tower that has no hidden states to choose from.
     """
-    return given == kept or (name == LAYERS and (kept is None or min(given, default=0) < 0))
+    return given == kept or (name == "layers" and (kept is None or min(given, default=0) < 0))
 
 
 def forms() -> Iterator[str]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from llava_projectors.commands.cli import main
-from llava_projectors.commands.plan import LLMS, Llm, activation_bytes, plan
+from llava_projectors.commands.plan import LLM_SIZES, LlmSizes, activation_bytes, plan
 
 ROOT = Path(__file__).parent.parent
 # The LLM of the benchmark on a CPU, and the text beside one picture; see benchmarks/speed.
-SMALL, TEXT, BATCH = Llm(1024, 2816, 16), 64, 4
+SMALL, TEXT, BATCH = LlmSizes(1024, 2816, 16), 64, 4
 
 
 def measured():
@@ -37,7 +37,7 @@ def test_there_is_something_measured():
 
 @pytest.mark.parametrize(("name", "billions"), [("7b", 6.738), ("13b", 13.016), ("mistral-7b", 7.242)])
 def test_parameters(name, billions):
-    assert LLMS[name].parameters / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert LLM_SIZES[name].parameters / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
 def test_checkpointing_keeps_the_layers_inputs():
@@ -49,7 +49,7 @@ def test_checkpointing_keeps_the_layers_inputs():
 
 
 def test_fewer_tokens_leave_room_for_a_larger_batch():
-    full, reduced = (plan(t, LLMS["7b"], gpus=8) for t in ("mlp2x_gelu", "saep"))
+    full, reduced = (plan(t, LLM_SIZES["7b"], gpus=8) for t in ("mlp2x_gelu", "saep"))
     assert (full.positions, reduced.positions) == (676, 244)
     assert reduced.batch > 2 * full.batch > 0
     assert abs(reduced.resident / full.resident - 1) < 0.01
@@ -57,12 +57,12 @@ def test_fewer_tokens_leave_room_for_a_larger_batch():
 
 
 def test_zero_shards():
-    resident = [plan("saep", LLMS["7b"], zero=stage).resident for stage in range(4)]
+    resident = [plan("saep", LLM_SIZES["7b"], zero=stage).resident for stage in range(4)]
     assert resident == sorted(resident, reverse=True)
     # The well-known figures: 16 bytes a parameter without ZeRO, an eighth of them with stage 3 on 8 GPUs.
-    assert resident[0] / LLMS["7b"].parameters == pytest.approx(16, rel=0.02)
-    assert (resident[3] - 2 * 304e6) / LLMS["7b"].parameters == pytest.approx(2, rel=0.02)
-    assert plan("saep", LLMS["7b"], zero=0).batch == 0  # 107 GB do not fit
+    assert resident[0] / LLM_SIZES["7b"].parameters == pytest.approx(16, rel=0.02)
+    assert (resident[3] - 2 * 304e6) / LLM_SIZES["7b"].parameters == pytest.approx(2, rel=0.02)
+    assert plan("saep", LLM_SIZES["7b"], zero=0).batch == 0  # 107 GB do not fit
 
 
 def test_the_command(capsys):
@@ -81,7 +81,7 @@ def test_activations_of_a_real_step():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 2}
-    llm, positions = Llm(64, 160, 3, 500), 40
+    llm, positions = LlmSizes(64, 160, 3, 500), 40
     model = LlamaForCausalLM(LlamaConfig(vocab_size=500, **sizes, attn_implementation="sdpa"))
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept = {}

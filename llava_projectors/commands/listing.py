@@ -97,7 +97,7 @@ def describe_type(name: str) -> dict[str, Any]:
     }
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def width_and_height(text: str) -> tuple[int, int]:
     """`1920x1080` -> (1920, 1080)."""
     width, _, height = text.lower().partition("x")
     if not all(side.isdecimal() and 0 < int(side) < 2**31 for side in (width, height)):
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors list`."""
     parser.add_argument(
         "--image",
-        type=picture_size,
+        type=width_and_height,
         metavar="WIDTHxHEIGHT",
         help="grid and visual tokens of such a picture with --image_aspect_ratio slice, instead of the options",
     )

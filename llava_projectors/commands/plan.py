@@ -30,7 +30,7 @@ PATCHES_PER_SIDE = 336 // 14
 
 
 @dataclass(frozen=True)
-class Llm:
+class LlmSizes:
     """The sizes of a Llama.
 
     Attributes:
@@ -55,14 +55,14 @@ class Llm:
         return self.layers * layer + 2 * self.vocabulary * self.width + self.width
 
 
-LLMS = {
-    "7b": Llm(4096, 11008, 32),
-    "13b": Llm(5120, 13824, 40),
-    "mistral-7b": Llm(4096, 14336, 32, kv_width=1024),
+LLM_SIZES = {
+    "7b": LlmSizes(4096, 11008, 32),
+    "13b": LlmSizes(5120, 13824, 40),
+    "mistral-7b": LlmSizes(4096, 14336, 32, kv_width=1024),
 }
 
 
-def activation_bytes(llm: Llm, positions: int, *, train_llm: bool, bytes_each: int, checkpointing: bool) -> int:
+def activation_bytes(llm: LlmSizes, positions: int, *, train_llm: bool, bytes_each: int, checkpointing: bool) -> int:
     """What one sequence keeps for the backward pass.
 
     Per layer and position: the input of both norms (in float32), queries, keys, values and output of the
@@ -79,7 +79,7 @@ def activation_bytes(llm: Llm, positions: int, *, train_llm: bool, bytes_each: i
 
     Example:
         >>> seq = {"train_llm": True, "bytes_each": 2, "checkpointing": False}
-        >>> round(activation_bytes(LLMS["7b"], 700, **seq) / activation_bytes(LLMS["7b"], 268, **seq), 1)
+        >>> round(activation_bytes(LLM_SIZES["7b"], 700, **seq) / activation_bytes(LLM_SIZES["7b"], 268, **seq), 1)
         2.6
     """
     kv_width = llm.kv_width or llm.width
@@ -118,7 +118,7 @@ class Plan:
 
 def plan(
     type_string: str,
-    llm: Llm,
+    llm: LlmSizes,
     *,
     gpus: int = 8,
     memory: int = 80 * 10**9,
@@ -140,7 +140,7 @@ def plan(
         checkpointing: `--gradient_checkpointing True`.
 
     Example:
-        >>> plan("saep", LLMS["7b"]).tokens
+        >>> plan("saep", LLM_SIZES["7b"]).tokens
         144
     """
     tokens, projector = _projector(type_string, llm)
@@ -155,7 +155,7 @@ def plan(
     return Plan(type_string, tokens, text + tokens, resident, per_sample, max(0, room // per_sample), sent_share)
 
 
-def _projector(type_string: str, llm: Llm) -> tuple[int, int]:
+def _projector(type_string: str, llm: LlmSizes) -> tuple[int, int]:
     """Visual tokens of a picture and parameters."""
     if type_string == STOCK:
         return PATCHES_PER_SIDE**2, 1024 * llm.width + llm.width**2 + 2 * llm.width
@@ -180,7 +180,7 @@ def print_plan(plans: list[Plan]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors plan`."""
     parser.add_argument("--type", action="append", help="a type string, may be repeated (saep and tokenpacker)")
-    parser.add_argument("--llm", choices=list(LLMS), default="7b", help="(%(default)s)")
+    parser.add_argument("--llm", choices=list(LLM_SIZES), default="7b", help="(%(default)s)")
     parser.add_argument("--gpus", type=at_least(1), default=8, help="over all nodes (%(default)s)")
     parser.add_argument("--memory", type=positive, default=80, help="of one GPU, in 10**9 bytes (%(default)s)")
     parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=3, help="stage of ZeRO (%(default)s)")
@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
         plans = [
             plan(
                 type_string,
-                LLMS[arguments.llm],
+                LLM_SIZES[arguments.llm],
                 gpus=arguments.gpus,
                 memory=int(arguments.memory * 1e9),
                 zero=arguments.zero,

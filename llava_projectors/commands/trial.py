@@ -46,7 +46,7 @@ STOCK_TYPE = "linear"
 WITH_SIGLIP = " with SigLIP"  # behind the name of a class
 SECONDS = 600
 
-IMAGE_TOKEN = -200
+IMAGE_TOKEN_INDEX = -200
 TEXT_TOKENS = (1, 5, 6, 7)  # around one picture
 TINY_LLM = {
     "vocab_size": 64,
@@ -525,7 +525,7 @@ def forward_and_backward(model: Any, pictures: Any) -> Seen:
             with_kwargs=True,
         ),
     ]
-    ids = torch.tensor([[TEXT_TOKENS[0], IMAGE_TOKEN, *TEXT_TOKENS[1:]]] * len(pictures))
+    ids = torch.tensor([[TEXT_TOKENS[0], IMAGE_TOKEN_INDEX, *TEXT_TOKENS[1:]]] * len(pictures))
     labels = ids.masked_fill(ids < 0, -100)
     mask = torch.ones_like(ids, dtype=torch.bool)
     try:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from llava_projectors.export.errors import ExportError
-from llava_projectors.files import DTYPES
+from llava_projectors.files import STORED_DTYPES
 
-_NAMES = {f"torch.{kind}": name for name, kind in DTYPES.items()}
+_NAMES = {f"torch.{kind}": name for name, kind in STORED_DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # what transformers 4 writes
 
 

@@ -6,6 +6,7 @@ always means ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
@@ -13,6 +14,9 @@ from llava_projectors import registry
 from llava_projectors.integration.builders import ProjectorBuilder, is_asking
 from llava_projectors.integration.log import log
 from llava_projectors.spec import PREFIX, base_name
+
+Function = Callable[..., Any]  # of LLaVA, or a fork
+Arguments = Mapping[str, Any]  # of a call, by name, in the order of the signature
 
 
 @dataclass
@@ -31,11 +35,11 @@ class Package:
     projector_builders: tuple[ProjectorBuilder, ...] = ()
     said: set[str] = field(default_factory=set)
 
-    def add_builder(self, function: Callable[..., Any]) -> None:
+    def add_builder(self, function: Function) -> None:
         """Ask this function too from now on."""
         self.projector_builders = (*self.projector_builders, ProjectorBuilder(function))
 
-    def forget_builder(self, function: Callable[..., Any]) -> None:
+    def forget_builder(self, function: Function) -> None:
         """Its module was reloaded."""
         self.projector_builders = tuple(b for b in self.projector_builders if b.function is not function)
 

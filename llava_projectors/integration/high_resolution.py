@@ -10,22 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from llava_projectors import slicing
 from llava_projectors.integration import layout
-from llava_projectors.integration.gate import Package
+from llava_projectors.integration.gate import Function, Package
 from llava_projectors.integration.image_processor import tile_side
 from llava_projectors.integration.log import log, logger
 from llava_projectors.integration.tower import ReducedTower, find_tower
 from llava_projectors.integration.weights import partitioned_parameters
 from llava_projectors.projectors.recompute import inside_checkpoint
 from llava_projectors.spec import ProjectorSpecError
-
-Function = Callable[..., Any]
 
 # Where LLaVA's config keeps the ids of "," and "\n".
 SEPARATORS = "slice_separator_ids"
@@ -259,7 +257,7 @@ def initialize_vision_tokenizer(original: Function, package: Package, model: Any
     result = original(model, *args, **kwargs)
     arguments = inspect.signature(original).bind(model, *args, **kwargs).arguments
     complete(model, arguments["tokenizer"])
-    layout.announce(model)
+    layout.announce_layout(model)
     return result
 
 

@@ -23,7 +23,7 @@ _ANYRES_FUNCTIONS = {"get_anyres_image_grid_shape", "unpad_image"}
 _MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
 
-def announce(model: Any) -> None:
+def announce_layout(model: Any) -> None:
     """Say what a picture takes with `anyres`, and a frame of a video, once a model of ours is set up."""
     tower = find_tower(model)
     if not isinstance(tower, ReducedTower) or tower.patch_side is None:

@@ -13,17 +13,16 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Callable, Optional, Union
 
 from llava_projectors import seam_names
 from llava_projectors.integration import gate, high_resolution, trainer, wrappers
-from llava_projectors.integration.gate import Package, is_ours
+from llava_projectors.integration.gate import Arguments, Package, is_ours
 
 Owner = Union[ModuleType, type]
-Arguments = Mapping[str, Any]
 
 
 class PatchError(RuntimeError):
@@ -114,7 +113,7 @@ SEAMS = (
         seam_names.PROJECTOR_BUILDERS,
         _functions,
         _argument(0),
-        wrappers.build_projector,
+        wrappers.build_our_projector,
         otherwise=wrappers.build_other_projector,
     ),
     Seam("model constructor", ("__init__",), _constructors, _argument(1), wrappers.construct_model),
@@ -324,7 +323,7 @@ def patch_module(package: str, module: ModuleType) -> None:
                 if _is_in_place(owner, name, original):
                     continue
                 wrapper = _gated(seam, _package(package), owner, name, original)
-                if seam.replacement is wrappers.build_projector:
+                if seam.replacement is wrappers.build_our_projector:
                     _package(package).add_builder(original)
                 patch_record = _Patch(package, seam, owner, name, original, wrapper, name not in vars(owner))
                 setattr(owner, name, wrapper)

@@ -23,7 +23,7 @@ from llava_projectors.integration.truncated_encoder import keeping
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadingReport:
     """What transformers reports of loading a model.
 
     Attributes:
@@ -37,7 +37,7 @@ class Report:
     without_weights: list[nn.Parameter]
 
 
-_reports: ContextVar[Optional[list[Report]]] = ContextVar("reports", default=None)
+_reports: ContextVar[Optional[list[LoadingReport]]] = ContextVar("reports", default=None)
 _lock = threading.Lock()
 _watchers = 0
 _original: Any = None
@@ -45,9 +45,9 @@ _wrapper: Any = None
 
 
 @contextmanager
-def watched() -> Iterator[list[Report]]:
+def watched() -> Iterator[list[LoadingReport]]:
     """Within it, in this thread, models that transformers loads with weights missing are reported in the list."""
-    reports: list[Report] = []
+    reports: list[LoadingReport] = []
     token = _reports.set(reports)
     _install()
     try:
@@ -89,13 +89,13 @@ def _reporting(original: Any) -> Any:
         names = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
         lacking = [parameter for name, parameter in model.named_parameters() if name in names]
         if lacking:
-            reports.append(Report(str(source), type(model).__name__, lacking))
+            reports.append(LoadingReport(str(source), type(model).__name__, lacking))
         return (model, info) if output_loading_info else model
 
     return from_pretrained
 
 
-def refuse_random_weights(tower: Any, reports: list[Report]) -> None:
+def refuse_random_weights(tower: Any, reports: list[LoadingReport]) -> None:
     """Raise when the features of a loaded tower pass through weights that were reported as not there.
 
     Raises:
@@ -104,7 +104,7 @@ def refuse_random_weights(tower: Any, reports: list[Report]) -> None:
     for report in reports:
         ids = {id(parameter) for parameter in report.without_weights}
         lacking = {name for name, parameter in tower.named_parameters() if id(parameter) in ids}
-        used = sorted(lacking & _used(tower, lacking)) if lacking else []
+        used = sorted(lacking & _read_by_features(tower, lacking)) if lacking else []
         if used:
             shown = ", ".join(used[:3]) + (f" and {len(used) - 3} more" if len(used) > 3 else "")
             raise ProjectorWeightsError(
@@ -124,7 +124,7 @@ def _kind_of(source: str) -> str:
     return f" Its config.json says model_type {kind!r}." if kind else ""
 
 
-def _used(tower: Any, names: set[str]) -> set[str]:
+def _read_by_features(tower: Any, names: set[str]) -> set[str]:
     """Those of a tower's parameters that the features it returns depend on; what cannot be told is not among them.
 
     Autograd knows, on the device meta, where nothing is computed.

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -21,12 +21,10 @@ import torch
 from llava_projectors import files, registry
 from llava_projectors.files import ProjectorWeightsError
 from llava_projectors.integration import weights
-from llava_projectors.integration.gate import Package
+from llava_projectors.integration.gate import Arguments, Function, Package
 from llava_projectors.integration.log import log
 from llava_projectors.spec import ProjectorSpecError
 
-Function = Callable[..., Any]
-TRAINABLES = "non_lora_trainables.bin"
 # What, beside the type, makes a projector's features, and the flag of LLaVA's script that sets it.
 FEATURE_SETTINGS = {
     "mm_vision_tower": "vision_tower",
@@ -36,7 +34,7 @@ FEATURE_SETTINGS = {
 }
 
 
-def settings_of_trainer(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+def settings_of_trainer(arguments: Arguments) -> tuple[Any, ...]:
     """The config of the model that a Trainer trains."""
     trainer, *_ = arguments.values()
     return (getattr(getattr(trainer, "model", None), "config", None),)
@@ -77,7 +75,7 @@ def save_model(
         if trainer.args.should_save:
             folder = output_dir or trainer.args.output_dir
             trainer.model.config.save_pretrained(folder)
-            torch.save(state, os.path.join(folder, TRAINABLES))
+            torch.save(state, os.path.join(folder, weights.TRAINABLES_FILE))
     return result
 
 
@@ -162,7 +160,7 @@ def _same_projector(before: str, kept: Mapping[str, Any], now: str, config: Any)
 
 def refuse_stage_1(folder: str) -> None:
     """Raise for a `checkpoint-N` that LLaVA's stage 1 has saved, from which no Trainer can go on."""
-    adapter = os.path.join(folder, weights.ADAPTER_FILES[0])
+    adapter = os.path.join(folder, weights.PROJECTOR_FILE)
     if os.path.isfile(adapter) and not files.has_weights(folder):
         raise ProjectorWeightsError(
             f"cannot go on from {folder}: of a run with --tune_mm_mlp_adapter, LLaVA saves the projector alone, "
@@ -180,7 +178,7 @@ def restore(trainer: Any, folder: str) -> None:
     if any(getattr(trainer, name, False) for name in ("is_deepspeed_enabled", "is_fsdp_enabled")):
         return
     is_adapter = trains_adapter_alone(trainer.model)
-    path = os.path.join(folder, TRAINABLES)
+    path = os.path.join(folder, weights.TRAINABLES_FILE)
     state = files.load_tensors(path) if is_adapter and os.path.isfile(path) else {}
     found = set(state if is_adapter else weights.find_in_folder(folder).keys)
     for prefix, projector in weights.projectors_of(trainer.model):

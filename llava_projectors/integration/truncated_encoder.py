@@ -27,13 +27,13 @@ from llava_projectors.projectors.recompute import is_compiling
 from llava_projectors.spec import ProjectorSpecError, format_value
 
 # Where transformers' vision models (CLIP, SigLIP and their copies in the forks) keep their layers.
-LAYERS = "vision_model.encoder.layers"
+PLACE_OF_LAYERS = "vision_model.encoder.layers"
 
 
 def can_keep(vision_model: nn.Module) -> None:
     """Prepare a vision model for `keeping`; one that is built otherwise than CLIP is left alone, and runs whole."""
     try:
-        layers = vision_model.get_submodule(LAYERS)
+        layers = vision_model.get_submodule(PLACE_OF_LAYERS)
     except AttributeError:
         return
     if isinstance(layers, nn.ModuleList):

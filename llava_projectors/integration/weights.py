@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 # An attribute of the projector, so that a copy of the model still knows.
 _AWAITED = "_awaited_weights"
-ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
+PROJECTOR_FILE, TRAINABLES_FILE = ADAPTER_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 # How most of LLaVA's models call the projector.
 PLACE = "model.mm_projector."
 
@@ -288,9 +288,9 @@ def _is_same(sample: Optional[torch.Tensor], parameter: torch.Tensor) -> bool:
 def check_adapter_files(folder: str) -> None:
     """Raise before LLaVA loads an adapter of a checkpoint's folder that is damaged, or half of one."""
     has_lora = os.path.isfile(os.path.join(folder, "adapter_config.json"))
-    if has_lora and not (files.has_weights(folder) or os.path.isfile(os.path.join(folder, ADAPTER_FILES[1]))):
+    if has_lora and not (files.has_weights(folder) or os.path.isfile(os.path.join(folder, TRAINABLES_FILE))):
         raise ProjectorWeightsError(
-            f"{folder} has a LoRA adapter but no {ADAPTER_FILES[1]}, which holds the projector: LLaVA writes it when a "
+            f"{folder} has a LoRA adapter but no {TRAINABLES_FILE}, which holds the projector: LLaVA writes it when a "
             "run ends, and with this plugin into every checkpoint-N"
         )
     for name in ADAPTER_FILES:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 from llava_projectors import files, registry
 from llava_projectors.integration import high_resolution, layout, record, weights
 from llava_projectors.integration.builders import is_asking
-from llava_projectors.integration.gate import Package, is_our_type
+from llava_projectors.integration.gate import Arguments, Function, Package, is_our_type
 from llava_projectors.integration.llm_settings import refuse_contradictions
 from llava_projectors.integration.log import log
 from llava_projectors.integration.tower import (
@@ -36,15 +35,12 @@ from llava_projectors.projectors.base import Projector
 from llava_projectors.seam_names import TOWER_BUILDERS
 from llava_projectors.spec import ProjectorSpecError
 
-Function = Callable[..., Any]
-Arguments = Mapping[str, Any]  # of a call, by name
-
 # An attribute of the script's arguments: a tower that was built to be looked at and goes to the next call of its
 # builder, because a tower that is trained loads its weights at once, whatever `delay_load` says.
 _SEEN_TOWER = "_seen_vision_tower"
 
 
-def build_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
+def build_our_projector(original: Function, package: Package, config: Any, *args: Any, **kwargs: Any) -> Projector:
     """For `build_vision_projector(config, delay_load=False, **kwargs)`."""
     package.check_patched()
     projector = registry.resolve(config.mm_projector_type, config).build(config.mm_hidden_size, config.hidden_size)
@@ -96,7 +92,7 @@ def construct_model(original: Function, package: Package, model: Any, *args: Any
     original(model, *args, **kwargs)
     give_other_readers_one_layer(model)
     keep_whole(model)
-    announce(model)
+    announce_projector(model)
 
 
 def keep_whole(model: Any) -> None:
@@ -121,14 +117,14 @@ def initialize_vision_modules(
     if trained is not None:
         refuse_other_projector(package, model, model_args)
     model_args.mm_projector_type = registry.normalize(model_args.mm_projector_type)
-    check_adapter(model, model_args, _tower_builder(original))
+    look_at_adapter(model, model_args, _tower_builder(original))
     result = original(model, model_args, *args, **kwargs)
     if trained is not None and getattr(model_args, "pretrain_mm_mlp_adapter", None) is None:
         model.mm_projector = trained  # some forks build a new one in its place, on random weights
     see_real_grid(find_tower(model))
     record.write(model)
     if trained is None:
-        announce(model)
+        announce_projector(model)
     return result
 
 
@@ -162,7 +158,7 @@ def settings_of_checkpoint(arguments: Arguments) -> tuple[Any, ...]:
     _, source, *_ = arguments.values()
     config = arguments.get("config")
     if config is None or isinstance(config, (str, os.PathLike)):
-        config = read_config(source if config is None else config, arguments)
+        config = find_config(source if config is None else config, arguments)
     return (config,)
 
 
@@ -185,7 +181,7 @@ def load_checkpoint(original: Function, package: Package, cls: Any, source: Any,
 
 def settings_of_model(arguments: Arguments) -> tuple[Any, ...]:
     """The config of the checkpoint that `load_pretrained_model` is to load."""
-    return (read_config(next(iter(arguments.values())), arguments),)
+    return (find_config(next(iter(arguments.values())), arguments),)
 
 
 def load_model(original: Function, package: Package, model_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +193,7 @@ def load_model(original: Function, package: Package, model_path: Any, *args: Any
         if isinstance(value, nn.Module):
             weights.check_complete(value, str(model_path))
             high_resolution.complete(value, tokenizer=loaded[0])
-            layout.announce(value)
+            layout.announce_layout(value)
     return loaded
 
 
@@ -205,7 +201,7 @@ def load_model(original: Function, package: Package, model_path: Any, *args: Any
 _LOOKUP = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token", "use_auth_token")
 
 
-def read_config(source: Any, arguments: Arguments) -> Optional[SimpleNamespace]:
+def find_config(source: Any, arguments: Arguments) -> Optional[SimpleNamespace]:
     """What a checkpoint's config.json says, found as the call with these arguments finds it."""
     given = {**arguments, **arguments.get("kwargs", {})}
     lookup = {name: given[name] for name in _LOOKUP if given.get(name) is not None}
@@ -226,7 +222,7 @@ def refuse_other_projector(package: Package, model: Any, model_args: Any) -> Non
     existing = getattr(config, "mm_projector_type", "linear")
     types = (existing, requested)
     ours = [is_our_type(t, package) for t in types]
-    if not (all(ours) and _same_projector(model, existing, requested)):
+    if not (all(ours) and _mean_the_same(model, existing, requested)):
         raise ProjectorSpecError(
             f"the checkpoint has a projector of type {existing!r}, but --mm_projector_type is {requested!r}, and LLaVA "
             f"would keep the old projector under the new name. To train on with it, pass --mm_projector_type "
@@ -242,7 +238,7 @@ def refuse_other_projector(package: Package, model: Any, model_args: Any) -> Non
             )
 
 
-def _same_projector(model: Any, existing: str, requested: str) -> bool:
+def _mean_the_same(model: Any, existing: str, requested: str) -> bool:
     """Whether both type strings mean the module that the model has."""
     try:
         before, after = (registry.resolve(t, model.config) for t in (existing, requested))
@@ -254,7 +250,7 @@ def _same_projector(model: Any, existing: str, requested: str) -> bool:
     return before.same_projector(after)
 
 
-def check_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
+def look_at_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
     """Look at `--pretrain_mm_mlp_adapter` before LLaVA loads it into the projector."""
     path = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if path is None or not os.path.isfile(path):  # a missing file is LLaVA's to report
@@ -272,7 +268,7 @@ def check_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
         log(f"WARNING: {path} {different}; its weights fit and go on as {type_string!r}")
 
 
-def announce(model: Any) -> None:
+def announce_projector(model: Any) -> None:
     """One line about a model's projector, if it has one yet."""
     projector, tower = getattr(model, "mm_projector", None), find_tower(model)
     if projector is None:
