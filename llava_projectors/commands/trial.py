@@ -22,7 +22,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Iterator, Mapping
-from importlib.machinery import ModuleSpec
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Optional, Union
@@ -157,53 +157,32 @@ def run_trial(
 # In the process of the trial
 
 
-class FirstErrors:
-    """A meta-path finder that notes which module of a package could not be executed, and why.
+def note_first_errors(package: str) -> dict[str, BaseException]:
+    """From now on, note which module of a package cannot be executed, and why: module -> error.
 
     LLaVA imports its models under a bare `except: pass` and fails later, on a name that is not there.
     """
+    found: dict[str, BaseException] = {}
+    execute = SourceFileLoader.exec_module
 
-    def __init__(self, package: str) -> None:
-        self._prefix = f"{package}."
-        self._package = package
-        self._is_asking = False  # the hook of this package asks all finders too
-        self.found: dict[str, BaseException] = {}
-
-    def find_spec(self, name: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
-        """The spec of another finder, its loader made to note what goes wrong."""
-        if self._is_asking or not (name == self._package or name.startswith(self._prefix)):
-            return None
-        self._is_asking = True
+    def exec_module(loader: Any, module: ModuleType) -> None:
         try:
-            specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-            spec = next((spec for spec in specs if spec is not None), None)
-        finally:
-            self._is_asking = False
-        if spec is not None:
-            self._watch(spec)
-        return spec
+            execute(loader, module)
+        except BaseException as error:
+            is_of_package = module.__name__ == package or module.__name__.startswith(f"{package}.")
+            if is_of_package and not any(error is known for known in found.values()):
+                found.setdefault(module.__name__, error)
+            raise
 
-    def _watch(self, spec: ModuleSpec) -> None:
-        loader = spec.loader
-        if loader is None:
-            return
-        execute = loader.exec_module
+    SourceFileLoader.exec_module = exec_module  # type: ignore[assignment]
+    return found
 
-        def exec_module(module: ModuleType) -> None:
-            try:
-                execute(module)
-            except BaseException as error:
-                if not any(error is known for known in self.found.values()):
-                    self.found.setdefault(module.__name__, error)
-                raise
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
-
-    def cause_of(self, error: BaseException) -> BaseException:
-        """The first error that was hidden, when the one given says only that a name is not there."""
-        if type(error) is ImportError and "cannot import name" in str(error) and self.found:
-            return next(iter(self.found.values()))
-        return error
+def cause_of(error: BaseException, first_errors: Mapping[str, BaseException]) -> BaseException:
+    """The first error that was hidden, when the one given says only that a name is not there."""
+    if type(error) is ImportError and "cannot import name" in str(error) and first_errors:
+        return next(iter(first_errors.values()))
+    return error
 
 
 def try_package(
@@ -214,12 +193,11 @@ def try_package(
     models: Optional[list[str]] = None,
 ) -> Report:
     """Import a package, build its classes with tiny parts, run each once; see `run_trial`."""
-    watch = FirstErrors(package)
-    sys.meta_path.insert(0, watch)  # type: ignore[arg-type]
+    first_errors = note_first_errors(package)
     try:
         importlib.import_module(package)
     except Exception as error:
-        return Report([], [Trial(NOT_CHECKED, import_failure(package, watch.cause_of(error)))])
+        return Report([], [Trial(NOT_CHECKED, import_failure(package, cause_of(error, first_errors)))])
     armed = package in autoload.armed_packages()
     if stock:
         autoload.unpatch(package)  # it may have called patch() by itself
@@ -232,18 +210,25 @@ def try_package(
         if missing is not None:
             return Report(rows, [missing])
         type_string = seams.our_name(package, type_string)
-    trials: list[Trial] = []
-    if "vision_tower" not in arguments:
-        chosen = {name: cls for name, cls in classes.items() if models is None or f"{name}{WITH_SIGLIP}" in models}
-        trials += try_siglip(chosen, package, type_string, arguments, stock)
-    make_tower(Path(TOWER))
-    chosen = {name: cls for name, cls in classes.items() if models is None or name in models}
-    trials += [try_model(cls, name, package, type_string, arguments, stock) for name, cls in chosen.items()]
+    with_siglip, with_clip = chosen_classes(classes, models)
+    trials = [] if "vision_tower" in arguments else [*try_siglip(with_siglip, package, type_string, arguments, stock)]
+    make_tower()
+    trials += [try_model(cls, name, package, type_string, arguments, stock) for name, cls in with_clip.items()]
     if not trials:
-        causes = [watch.cause_of(error) for error in failures.values()]
+        causes = [cause_of(error, first_errors) for error in failures.values()]
         reason = import_failure(package, causes[0]) if causes else f"{package} has no class that ends in ForCausalLM"
         trials = [Trial(NOT_CHECKED, reason)]
     return Report(seams.report(package), trials, armed, type_string)
+
+
+def chosen_classes(
+    classes: Mapping[str, type[nn.Module]], models: Optional[list[str]]
+) -> tuple[dict[str, type[nn.Module]], dict[str, type[nn.Module]]]:
+    """Of a package's classes those to try with SigLIP, and those to try with CLIP: all where no models are named."""
+    if models is None:
+        return dict(classes), dict(classes)
+    with_siglip = {name: cls for name, cls in classes.items() if f"{name}{WITH_SIGLIP}" in models}
+    return with_siglip, {name: cls for name, cls in classes.items() if name in models}
 
 
 def import_failure(package: str, error: BaseException) -> str:
@@ -372,22 +357,11 @@ def place_of(error: BaseException) -> str:
     return f" ({'/'.join(Path(frames[-1].filename).parts[-3:])}:{frames[-1].lineno})" if frames else ""
 
 
-def make_tower(path: Path, image_size: int = 336, patch_size: int = 14, hidden_size: int = 32) -> None:
-    """Write a CLIP vision checkpoint with the usual grid and depth."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+def make_tower(channels: int = 32) -> None:
+    """Write a CLIP vision checkpoint with the usual grid and depth, where the trial looks for it."""
+    from llava_projectors.tiny.assets import make_vision_tower  # which imports transformers, as the package has by now
 
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=24,
-        num_attention_heads=2,
-        image_size=image_size,
-        patch_size=patch_size,
-    )
-    CLIPVisionModel(config).save_pretrained(path)
-    size = {"height": image_size, "width": image_size}
-    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(path)
+    make_vision_tower(Path(TOWER), channels, num_layers=24)
 
 
 def build(cls: Any, package: str, type_string: str, arguments: Mapping[str, str]) -> Any:

@@ -15,7 +15,6 @@ import string
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from PIL import Image, ImageDraw
 from transformers import (
@@ -80,6 +79,8 @@ def _make_tokenizer(path: Path) -> LlamaTokenizer:
     LLaVA drops every label of a sample in which one character is unknown; the byte fallback
     and the printable characters in the training text see to it that none is.
     """
+    import sentencepiece
+
     path.mkdir(parents=True, exist_ok=True)
     sentences = [caption for _, caption in _all_scenes()] + list(PHOTOGRAPHS.values()) + [QUESTION]
     sentences += [" ".join(string.printable.split()), " ".join(string.ascii_letters)]

@@ -92,22 +92,21 @@ def perform(job):
 
 def run_models(job):
     """Every LLM class of the package: with its own type, and when armed, with ours."""
-    watch = trial.FirstErrors(job["package"])
-    sys.meta_path.insert(0, watch)
+    first_errors = trial.note_first_errors(job["package"])
     try:
         importlib.import_module(job["package"])
     except Exception as error:
-        return {"error": trial.one_line(watch.cause_of(error))}
+        return {"error": trial.one_line(trial.cause_of(error, first_errors))}
     place = Path(next(iter(sys.modules[job["package"]].__path__)))
     if Path(job["checkout"]) not in place.parents:
         return {"error": f"the checkout has no package {job['package']}"}
     classes, failures = trial.find_models(job["package"])
-    trial.make_tower(Path(trial.TOWER), hidden_size=job["width"])
+    trial.make_tower(job["width"])
     if job["armed"]:
         job["type"] = seams.our_name(job["package"], job["type"])
     return {
         "type": job["type"],
-        "failures": {name: trial.one_line(watch.cause_of(error)) for name, error in failures.items()},
+        "failures": {name: trial.one_line(trial.cause_of(error, first_errors)) for name, error in failures.items()},
         "stock": {
             kind: {name: with_its_own(cls, kind, job) for name, cls in classes.items()} for kind in own_types(job)
         },
