@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+from test_spec import BUILT_IN
 
 import llava_projectors
 
@@ -26,17 +27,6 @@ MAY_IMPORT = {
 }
 # Whatever a command needs: it runs beside training, and nothing imports it.
 MAY_IMPORT["commands"] = {*MAY_IMPORT, "commands"}
-PROJECTOR_FILES = {
-    "avg_pool",
-    "c_abstractor",
-    "delta",
-    "ldpv2",
-    "pixel_shuffle",
-    "resampler",
-    "saep",
-    "stf",
-    "tokenpacker",
-}
 
 
 def imports_of(path):
@@ -77,7 +67,7 @@ def test_every_part_of_the_house_has_a_floor():
 @pytest.mark.parametrize("part", ["integration", "registry"])
 def test_nothing_above_the_projectors_names_one(part):
     for path in (p for p in ROOT.rglob("*.py") if part_of(p) == part):
-        assert not {name.split(".")[1] for name in imports_of(path) if name.count(".")} & PROJECTOR_FILES, path
+        assert not {name.split(".")[1] for name in imports_of(path) if name.count(".")} & {*BUILT_IN}, path
 
 
 def test_projectors_know_no_llava():

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,14 +30,28 @@ def make_siglip(cache: Path) -> None:
 
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": DEPTH, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, **TINY_SIZES}
-    repository = cache / f"models--{SIGLIP.replace('/', '--')}"
-    commit = hashlib.sha1(SIGLIP.encode()).hexdigest()
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    snapshot = snapshot_folder(cache, SIGLIP)
     SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(snapshot)
     SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(snapshot)
+
+
+def snapshot_folder(cache: Path, name: str) -> Path:
+    """A new folder in which transformers finds the files of a hub's repository of this name."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(name.encode()).hexdigest()
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def shrink(config_class: Any, sizes: Mapping[str, Any]) -> None:
+    """Make sizes the defaults of a config's class."""
+    initialize = config_class.__init__
+    names = initialize.__code__.co_varnames[1 : initialize.__code__.co_argcount]
+    defaults = dict(zip(names, initialize.__defaults__))
+    initialize.__defaults__ = tuple(sizes.get(name, value) for name, value in defaults.items())
 
 
 @contextmanager
@@ -57,10 +72,7 @@ def siglip_at_hand(package: str, cache: Path) -> Iterator[None]:
     before = hub.TRANSFORMERS_CACHE, [config.__init__.__defaults__ for config in configs]  # type: ignore[misc]
     hub.TRANSFORMERS_CACHE = str(cache)
     for config in configs:
-        initialize = config.__init__  # type: ignore[misc]
-        names = initialize.__code__.co_varnames[1 : initialize.__code__.co_argcount]
-        defaults = dict(zip(names, initialize.__defaults__))
-        initialize.__defaults__ = tuple(TINY_SIZES.get(name, value) for name, value in defaults.items())
+        shrink(config, TINY_SIZES)
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ The package is `llavaction`, which the registry has, or, in the environment vari
 the same family: `llava` of a checkout of LLaVA-NeXT. What a user would import is imported from it.
 """
 
-import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -17,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from llava_projectors.commands.trial_siglip import shrink, snapshot_folder
+from llava_projectors.tiny.assets import make_vision_tower
 
 PACKAGE = os.environ["LLAVA_NEXT_PACKAGE"]
 # Its builder takes an existing path for CLIP, so SigLIP comes by a name from a cache of the hub.
@@ -111,33 +113,12 @@ def make_siglip(cache, name=TOWER):
 
 
 def make_clip(cache):
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    snapshot = snapshot_folder(cache, CLIP)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, image_size=336, patch_size=14
-    )
-    CLIPVisionModel(config).save_pretrained(snapshot)
-    CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(snapshot)
-
-
-def snapshot_folder(cache, name):
-    repository = cache / f"models--{name.replace('/', '--')}"
-    commit = hashlib.sha1(name.encode()).hexdigest()
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    folder = repository / "snapshots" / commit
-    folder.mkdir(parents=True)
-    return folder
+    make_vision_tower(snapshot_folder(cache, CLIP))
 
 
 def shrink_siglip():
     """The class ignores the checkpoint's config, so the tiny sizes become its defaults."""
-    cls = module("model.multimodal_encoder.siglip_encoder").SigLipVisionConfig
-    names = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
-    defaults = dict(zip(names, cls.__init__.__defaults__))
-    cls.__init__.__defaults__ = tuple(TOWER_SIZES.get(name, value) for name, value in defaults.items())
+    shrink(module("model.multimodal_encoder.siglip_encoder").SigLipVisionConfig, TOWER_SIZES)
 
 
 def make_llm(folder):
