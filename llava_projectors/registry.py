@@ -151,7 +151,7 @@ class ResolvedSpec:
             return self.cls(mm_hidden_size, hidden_size, **self.options)
 
     def build_empty(self, mm_hidden_size: int, hidden_size: int) -> Projector:
-        """The module without storage, to ask for its shapes; with, where its constructor looks at numbers."""
+        """The module without storage, to ask for its shapes; with storage, where its constructor looks at numbers."""
         try:
             with torch.device("meta"):
                 return self.build(mm_hidden_size, hidden_size)
@@ -186,7 +186,7 @@ def resolve(type_string: str, config: Any = None) -> ResolvedSpec:
             of configs without that, the class's `config_options` are read.
 
     Raises:
-        ProjectorSpecError: the type string is none, or says something else than the checkpoint's own options.
+        ProjectorSpecError: the type string is not valid, or contradicts the checkpoint's own options.
 
     Example:
         >>> resolve("saep:stride=3").options["stride"]
@@ -232,7 +232,7 @@ def as_trained(type_string: str, recorded: Mapping[str, Any]) -> str:
     """The type string that means today what a checkpoint's record says.
 
     Args:
-        type_string: that the checkpoint was trained with; anything, also what is none of ours.
+        type_string: what the checkpoint was trained as, ours or not.
         recorded: the options beside it, or nothing.
     """
     if not recorded or not is_registered(type_string):
@@ -280,7 +280,7 @@ def _agree(name: str, given: Any, kept: Any) -> bool:
 
 
 def forms() -> Iterator[str]:
-    """Every type as it is without options, and as it was before checkpoints recorded them."""
+    """Every type without options: as it is now, and as it was before checkpoints recorded them."""
     for name in list_projectors():
         yield name
         older = registration.classes[name].without_record

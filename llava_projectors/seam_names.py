@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # `typing` itself would cost an idle interpreter millisec
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Functions of a module, methods of a class, and how the classes end that load checkpoints, or train.
+# Functions of modules, methods of classes, and how the names of classes end that load checkpoints, or train.
 TOWER_BUILDERS = ("build_vision_tower", "build_image_tower")
 PROJECTOR_BUILDERS = ("build_vision_projector", "build_image_projector")
 MODEL_LOADERS = ("load_pretrained_model",)

@@ -83,7 +83,7 @@ def parse_slicing(setting: str, **defaults: object) -> Slicing:
 
 
 def slicing_of(config: object) -> Optional[Slicing]:
-    """The options in LLaVA's config whose `image_aspect_ratio` is `slice`, else None.
+    """How LLaVA's config says to cut pictures, or None where its `image_aspect_ratio` is not `slice`.
 
     Raises:
         ProjectorSpecError: unknown option or value.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Optional
 
-# Before a name, it says that ours is meant where a fork has a type of the same name.
+# `llava_projectors.saep` means this package's type where a fork has one of the same name.
 PREFIX = "llava_projectors."
 KIND = "projector type"
 PRESET = "preset"
@@ -24,7 +24,7 @@ class ProjectorSpecError(ValueError):
 
 
 class Options(Mapping[str, Any]):
-    """Options with their values, which nobody changes: hashable, equal to a dict of the same, lists made tuples.
+    """Options with their values, immutable and hashable, equal to a dict with the same items; lists become tuples.
 
     Example:
         >>> Options({"stride": 3, "layers": [6, 12]})
@@ -76,19 +76,19 @@ class ProjectorSpec:
 
 @dataclass(frozen=True)
 class Values:
-    """What may stand for an option.
+    """The values that an option can have.
 
     Attributes:
         expects: what a value looks like, in words.
         convert: text to value; raises ValueError.
-        hold: whether a value is of the declared type.
-        choices: the only values allowed, or () for all that hold.
+        holds: whether a value is of the declared type.
+        choices: the only values allowed, or () for all of the type.
         or_none: whether the annotation is Optional.
     """
 
     expects: str
     convert: Callable[[str], Any]
-    hold: Callable[[Any], bool]
+    holds: Callable[[Any], bool]
     choices: tuple[Any, ...] = ()
     or_none: bool = False
 
@@ -116,14 +116,14 @@ class Option:
         return self._chosen(value, text, type_string, kind)
 
     def check(self, value: Any, type_string: str, kind: str = KIND) -> Any:
-        """The value, where `parse` takes a text, if it is of the declared type, or None where None may stand.
+        """A value of a checkpoint's record, if it is of the declared type, or None where the option can be None.
 
         Raises:
             ProjectorSpecError: as `parse`.
         """
         if value is None and (self.default is None or self.values.or_none):
             return None
-        if not self.values.hold(value):
+        if not self.values.holds(value):
             raise self._error(value, type_string, kind, f"expected {self.values.expects}")
         return self._chosen(value, value, type_string, kind)
 
@@ -196,7 +196,7 @@ def parse_type_string(
         options: name -> what may stand behind it.
         synonyms: what other projectors call an option -> its name here, for suggestions.
         kind: what errors call it.
-        presets: what may stand behind `preset=` -> the options that it stands for; others beside it win.
+        presets: what may stand behind `preset=` -> the options that it stands for; those beside it win.
     """
     name, pairs = split_type_string(type_string, kind)
     values: dict[str, Any] = {}
@@ -268,7 +268,7 @@ def _tuple_values(arguments: tuple[Any, ...]) -> Optional[Values]:
     return Values(
         f"{item.expects}, or several joined by '+'",
         lambda text: tuple(map(item.convert, text.split("+"))),
-        lambda value: isinstance(value, tuple) and all(map(item.hold, value)),
+        lambda value: isinstance(value, tuple) and all(map(item.holds, value)),
     )
 
 

@@ -1,8 +1,8 @@
 """The vision model's attention and activation in fewer passes over memory, where a user asks for it.
 
-CLIP and SigLIP of the transformers that LLaVA needs have eager attention only, and QuickGELU takes three kernels: on
-a GPU, by count, most of a tower's time goes into moving what they leave in between. `LLAVA_PROJECTORS_TOWER` says what
-runs instead, for models of our types alone:
+In the transformers that LLaVA needs, CLIP and SigLIP have eager attention only, and QuickGELU takes three kernels. By
+the bytes counted, most of a tower's time on a GPU goes into writing and reading what lies between them.
+`LLAVA_PROJECTORS_TOWER` says what runs instead, for models of our types alone:
 
     stock   (default) what transformers has: LLaVA's bits
     sdpa    `torch.nn.functional.scaled_dot_product_attention`

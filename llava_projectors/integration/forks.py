@@ -19,8 +19,8 @@ class Fork:
         package: that it is imported as.
         second_tower: settings that bring a second vision tower, which reads the features of the
             first as those of one layer.
-        refused_settings: setting -> the values with which our types work, and why the others exclude
-            them, and what to do where no value is left; what is not set at all is fine.
+        refused_settings: setting -> the values with which our types work, and why they do not work with
+            others; where no value is listed, also what to do. Without the setting they work.
     """
 
     name: str

@@ -27,7 +27,7 @@ class Package:
         name: that it is imported by.
         check_patched: raises PatchError unless everything that our types need is patched.
         projector_builders: its own functions that build a projector.
-        said: types of which a line has said that they are left to the package.
+        said: types that a line has named as left to the package.
     """
 
     name: str

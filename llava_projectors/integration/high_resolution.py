@@ -1,8 +1,8 @@
 """`--image_aspect_ratio slice` in LLaVA: pictures cut into tiles, encoded in chunks, laid out with separators.
 
 The image processor cuts (`image_processor.py`); LLaVA carries each picture as one canvas. Where LLaVA
-would join the pictures of a batch, `CanvasBatch` takes their place, which LLaVA hands on untouched to
-`encode_images`; that returns one tensor per picture, of its own length, as LLaVA's own high resolution does.
+would join the pictures of a batch, a `CanvasBatch` takes their place. LLaVA hands it on untouched to
+`encode_images`, which returns one tensor per picture, of its own length, as in LLaVA's own high resolution.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def complete(model: Any, tokenizer: Any) -> None:
     """Make the image processor of a model's tower follow its config, and complete the config.
 
     Called when LLaVA's script or loader has set up everything; the setting may have changed since the
-    checkpoint was written. The config then reads as published ones do, with what they leave to the tokenizer.
+    checkpoint was written. The config gets the settings of published ones, and the ids of the separators.
 
     Args:
         model: LLaVA's model; without a projector of ours, nothing happens.

@@ -1,6 +1,6 @@
 """What a picture or a frame takes in the LLM where LLaVA's own code lays out several tiles or pools a video.
 
-Nothing here is in the way of a model: it says at the start what comes of a number of tokens per tile.
+Nothing here changes a model: it tells the user at the start how long a picture will be.
 LLaVA's code is asked where it can be, and else known by the names of the functions that it calls.
 """
 

@@ -1,4 +1,4 @@
-"""LLaVA's own loader, called as a fork of it has to be called to put a whole model on one device."""
+"""The loader of LLaVA or of a fork, called so that the whole model is on one device."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def _gated(seam: Seam, package: Package, owner: Owner, name: str, original: Any)
             return function(*args, **kwargs)  # which says itself what it misses
         settings = seam.settings(arguments)
         if any(is_ours(one, package) for one in settings):
-            # A replacement may call its first arguments otherwise, so they go to it by place.
+            # A replacement may have other names for its first parameters, so it gets them by position.
             for parameter in list(signature.parameters.values())[len(args) :]:
                 if parameter.name not in kwargs or parameter.default is not inspect.Parameter.empty:
                     break

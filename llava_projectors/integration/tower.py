@@ -5,7 +5,7 @@ reported grid change, so the tower becomes an instance of a subclass of its own 
 hidden states returns several of them side by side. A tower without (EVA, MobileCLIP, ConvNeXt)
 passes its own features on, to projectors that read one layer.
 
-The patch grid is what the tower returns. What its config says is only what is announced before.
+The patch grid is what the tower returns. What its config says is announced until then, and no more.
 """
 
 from __future__ import annotations

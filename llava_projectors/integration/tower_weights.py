@@ -1,9 +1,9 @@
 """No vision tower on random weights in silence: what transformers reports of loading one is looked at.
 
 LLaVA makes a CLIP of every folder that exists, transformers only warns about weights that are not
-there, and training runs. The report is to be had from the loading call alone, which LLaVA's towers
-make themselves; so `PreTrainedModel.from_pretrained` is watched while a tower of ours is loaded, in
-that thread, and is itself again afterwards.
+there, and training runs. Only the loading call gives the report, and LLaVA's towers make that call
+themselves. So `PreTrainedModel.from_pretrained` is watched while a tower of ours is loaded, in that
+thread, and is itself again afterwards.
 """
 
 from __future__ import annotations

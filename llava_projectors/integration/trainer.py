@@ -1,7 +1,7 @@
 """What runs around the Trainer of LLaVA's scripts, so that a run goes on from a `checkpoint-N` with its projector.
 
 Of a LoRA run, the Trainer saves and restores the LoRA weights and the optimizer. What else is trained,
-the projector above all, lies in no `checkpoint-N` of its; LLaVA writes it after the last step only. Here
+the projector above all, is in none of its checkpoints; LLaVA writes it after the last step only. Here
 every `checkpoint-N` gets the file that LLaVA writes at the end, `non_lora_trainables.bin`, and the config.
 DeepSpeed restores all that is trained from files of its own.
 """

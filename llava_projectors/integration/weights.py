@@ -261,12 +261,11 @@ def loading() -> Iterator[None]:
 
 
 def awaited_weights(projector: Projector) -> frozenset[str]:
-    """Parameters that a checkpoint was to provide and has not, yet: no state dict had them, and their numbers are as
-    they were."""
+    """Parameters that a checkpoint has yet to provide: no state dict had them, and their numbers have not changed."""
     first: dict[str, Optional[torch.Tensor]] = getattr(projector, _AWAITED, {})
     parameters = dict(projector.named_parameters())
     kept = {name for name, sample in first.items() if name in parameters and _is_same(sample, parameters[name])}
-    # A bias of zeros and a norm's ones may be what was provided: they have come with the others.
+    # The zeros of a bias and the ones of a norm may be the very numbers provided: they have come if others have.
     alike = {name for name, sample in first.items() if sample is not None and len(sample.unique()) == 1}
     return frozenset() if kept <= alike < first.keys() else frozenset(kept)
 

@@ -35,8 +35,8 @@ from llava_projectors.projectors.base import Projector
 from llava_projectors.seam_names import TOWER_BUILDERS
 from llava_projectors.spec import ProjectorSpecError
 
-# An attribute of the script's arguments: a tower that was built to be looked at and goes to the next call of its
-# builder, because a tower that is trained loads its weights at once, whatever `delay_load` says.
+# An attribute of the script's arguments: a tower that was built to be looked at. The next call of its builder
+# returns it, because a tower that is trained loads its weights at once, whatever `delay_load` says.
 _SEEN_TOWER = "_seen_vision_tower"
 
 

@@ -44,8 +44,8 @@ class Projector(nn.Module):
 
     A subclass takes `mm_hidden_size`, `hidden_size` and its options, keyword-only with defaults.
     It keeps no buffers, because LLaVA's adapter files hold parameters only, and names no layer
-    like one of the LLM's, because LoRA picks its targets by the end of a name. An option whose
-    default it derives, it keeps as an attribute of that name: checkpoints record it.
+    like one of the LLM's, because LoRA picks its targets by the end of a name. Where it derives
+    the default of an option, it keeps the value as an attribute of that name: checkpoints record it.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
@@ -87,7 +87,7 @@ class Projector(nn.Module):
 
     @classmethod
     def options_from_record(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """What a config has recorded as keyword arguments: lists of JSON made tuples, options that it lacks added."""
+        """Keyword arguments from a config's record: JSON's lists become tuples, `without_record` fills in."""
         if not recorded:
             return {}
         known = {**cls.without_record, **recorded}

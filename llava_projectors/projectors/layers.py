@@ -20,7 +20,7 @@ def head_count(width: int, head_size: int = 128) -> int:
 
 
 def sine_positions(side: int, like: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of row and column in turn over the channels: [side*side, D], dtype and device as `like`.
+    """Sines and cosines of the row, then of the column, over the channels: [side*side, D], dtype and device as `like`.
 
     Both are counted in parts of the side, so that a query and the patches at its place agree.
     """

@@ -42,8 +42,7 @@ class SAEP(Projector):
     it but the mean of each region.
 
     The defaults were chosen in a study on a controlled task, at two scales (benchmarks/spatial/README.md).
-    There they are ahead of every other type of this package, and of the convolution alone, without
-    blocks and norm of the layers and with the mean in place of the largest value.
+    There they are ahead of every other type of this package, and of `preset=plain`.
 
     Args:
         mm_hidden_size: C, channels of one hidden state of the vision tower.
