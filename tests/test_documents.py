@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 import warm
+from prose import says
 
 from benchmarks import idea
 from benchmarks.speed import flops
@@ -81,9 +82,8 @@ def test_one_range_of_versions_is_tested():
     """In what pip reads, in doctor, and in the documents."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    tried = {name: " to ".join(ends) for name, ends in TESTED.items()}
     text = (ROOT / "docs" / "compatibility.md").read_text()
-    assert "Python {python}, torch {torch} and transformers {transformers} were tried".format(**tried) in text
+    assert says(text, *(f"{name.replace('py', 'Py')} {' to '.join(ends)}" for name, ends in TESTED.items()))
     lowest = {name: ends[0] for name, ends in TESTED.items()}
     assert setup["options"]["python_requires"] == f">={lowest['python']}"
     assert f"torch>={lowest['torch']}" in setup["options"]["install_requires"].split()
@@ -141,23 +141,19 @@ def test_the_mathematics_counts_saeps_operations():
     counts = [flops.projector(Subject(f"saep:stride={stride}"), 24, 1024, 4096).forward / 1e9 for stride in (2, 3, 4)]
     full_grid = flops.linear(24**2, (2 + 1) * 1024, 1024).forward / 1e9
     one, two, three = (f"{count:.2f}" for count in counts)
-    assert f"{full_grid:.2f} GFLOP of {one} at stride 2, {two} at stride 3 and {three} at stride 4" in text
+    assert says(text, f"{full_grid:.2f} GFLOP", one, "stride 2", two, "stride 3", three, "stride 4")
 
 
 def test_what_tiles_cost_is_what_was_measured():
     rows = read_rows(ROOT / "benchmarks" / "results" / "high_resolution.csv", "chunk_size")
     peaks = {(r["type"], r["measure"], int(r["chunk_size"])): round(float(r["peak_mib"])) for r in rows}
     forward, backward = (
-        [
-            "from {} to {} MiB".format(*(peaks[name, measure, size] for size in (64, 32)))
-            for name in ("saep", "tokenpacker")
-        ]
+        [peaks[name, measure, size] for name in ("saep", "tokenpacker") for size in (64, 32)]
         for measure in ("forward", "forward+backward")
     )
     seconds = [float(row["s_per_tile"]) for row in rows]
     text = (ROOT / "docs" / "high_resolution.md").read_text()
-    first = f"forward {forward[0]} (`saep`) and {forward[1]} (`tokenpacker`)"
-    assert f"the peak falls {first}, with backward {backward[0]} and {backward[1]}. The two" in text
+    assert says(text, *forward[:2], "MiB (`saep`)", *forward[2:], "MiB (`tokenpacker`)", "backward", *backward, "MiB")
     assert forward == backward
     assert f"{min(seconds):.2f} to {max(seconds):.2f} s per tile" in text
 
@@ -202,35 +198,33 @@ def test_why_a_target_is_missed_names_what_was_measured():
         ratios = [float(row["ratio_to_naive"]) for row in found]
         ranges.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
         widest.append(max(float(row["ratio_to_naive_q3"]) - float(row["ratio_to_naive_q1"]) for row in found))
-    assert f"The measured {ranges[0]} scatters around it" in BENCHMARKS
-    assert f"and {ranges[1]} was measured" in BENCHMARKS
-    assert f"with quartiles up to {widest[1]:.2f} apart" in BENCHMARKS
-    for text, wanted in (("**Prefill ({} of the bound)", "prefill"), ("and reach {} of the bound", "training step")):
+    assert says(BENCHMARKS, "s = 2", ranges[0], "s = 3 and 4", ranges[1], "quartiles", f"{widest[1]:.2f}")
+    for named, wanted in (("Prefill", "prefill"), ("Training steps", "training step")):
         reached = [
             speed_report.bound_reached(row)
             for row in SPEED
             if row["suite"] == "model" and row["measure"].startswith(wanted) and row["visual_tokens"] in ("144", "64")
         ]
-        assert text.format(f"{min(reached):.2f} to {max(reached):.2f}") in BENCHMARKS
+        assert says(BENCHMARKS, named, f"{min(reached):.2f} to {max(reached):.2f}")
 
 
 def test_speed_is_named_as_it_was_measured():
-    saep, tokenpacker = (speed_up("scaling", "prefill", name, "8") for name in (SHOWN[0], SHOWN[3]))
-    assert (
-        "With 8 images in a prompt, prefill is {:.1f} times as fast with `saep` (bound {:.1f}) and {:.1f} times with "
-        "`tokenpacker:scale_factor=3` (bound {:.1f}).".format(*saep, *tokenpacker)
-    ) in BENCHMARKS
+    saep, tokenpacker = (
+        [f"{ratio:.1f}" for ratio in speed_up("scaling", "prefill", name, "8")] for name in (SHOWN[0], SHOWN[3])
+    )
+    figures = (saep[0], "`saep`", "bound", saep[1], tokenpacker[0], "`tokenpacker:scale_factor=3`", "bound")
+    assert says(BENCHMARKS, "8 images", "prefill", *figures, tokenpacker[1])
     choosing = (ROOT / "docs" / "choosing.md").read_text()
-    assert f"prefill with 8 images in a prompt {tokenpacker[0]:.1f} times as fast" in choosing
+    assert says(choosing, "prefill", "8 images", tokenpacker[0], "times")
     for name in SHOWN[:2]:
         ratios = [
             float(row["ratio"])
             for row in SPEED
             if (row["suite"], row["type"], row["implementation"]) == ("projector", name, "eager")
         ]
-        assert f"{min(ratios):.1f} to {max(ratios):.1f} times the projector time of `mlp2x_gelu`" in choosing
+        assert says(choosing, f"{min(ratios):.1f} to {max(ratios):.1f} times", "`mlp2x_gelu`")
     steps = [speed_up("model", f"training step, stage {stage}", SHOWN[0])[0] for stage in (1, 2)]
-    assert f"training steps {min(steps):.1f} to {max(steps):.1f} times as fast" in choosing
+    assert says(choosing, "training steps", f"{min(steps):.1f} to {max(steps):.1f} times")
 
 
 def test_the_start_takes_as_much_longer_as_was_measured():
@@ -239,8 +233,7 @@ def test_the_start_takes_as_much_longer_as_was_measured():
         (float(r["with_hook_ms"]) - float(r["without_hook_ms"]) for r in rows), n=4
     )
     text = (ROOT / "docs" / "compatibility.md").read_text()
-    expected = f"{middle:.1f} ms longer (median of {len(rows)} interleaved pairs, quartiles {low:.1f} to {high:.1f} ms"
-    assert expected in text
+    assert says(text, f"{middle:.1f} ms", "median", len(rows), "quartiles", f"{low:.1f} to {high:.1f} ms")
 
 
 def test_what_recomputation_costs_is_what_was_measured():
@@ -250,15 +243,12 @@ def test_what_recomputation_costs_is_what_was_measured():
         [ratio[projector_type, way] for way in ("recomputed", "checkpoint", "whole")]
         for projector_type in ("saep", "tokenpacker")
     )
-    assert (
-        f"`saep` {saep[0]} with ours, {saep[1]} with `checkpoint`; `tokenpacker` {tokenpacker[0]} and {tokenpacker[1]}"
-        in BENCHMARKS
-    )
-    assert f"a step takes {saep[2]} and {tokenpacker[2]} of the time" in BENCHMARKS
+    figures = ("`saep`", saep[0], saep[1], "`checkpoint`", "`tokenpacker`", *tokenpacker[:2])
+    assert says(BENCHMARKS, *figures, "`whole`", saep[2], tokenpacker[2])
     peaks = {(row["type"], row["implementation"]): round(float(row["peak_mib"])) for row in rows}
     assert {peaks[name, "recomputed"] - peaks[name, "checkpoint"] for name in ("saep", "tokenpacker")} == {0}
-    both = "{} instead of {} MiB for".format(*(peaks["tokenpacker", way] for way in ("recomputed", "kept")))
-    assert f"{both} `tokenpacker`; for `saep` {peaks['saep', 'kept']} MiB with and without" in BENCHMARKS
+    both = [peaks["tokenpacker", way] for way in ("recomputed", "kept")]
+    assert says(BENCHMARKS, *both, "MiB", "`tokenpacker`", "`saep`", peaks["saep", "kept"], "MiB")
     assert peaks["saep", "kept"] == peaks["saep", "recomputed"]
 
 
@@ -287,8 +277,9 @@ def test_the_documents_count_parameters_right(type_string, row):
 
 def test_what_the_plain_separable_convolution_has():
     text = (ROOT / "docs" / "types.md").read_text()
-    assert "`saep:preset=plain` is the plain separable convolution" in text
-    assert f"{millions('saep:preset=plain,layers=12+16+22+23'):.2f} M parameters, and behind" in text
+    layers = "layers=12+16+22+23"
+    parameters = f"{millions(f'saep:preset=plain,{layers}'):.2f} M parameters"
+    assert says(text, "`saep:preset=plain`", f"`{layers}`", parameters)
 
 
 def millions(type_string):

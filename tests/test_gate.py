@@ -20,11 +20,12 @@ from llava_projectors.integration import gate
 from llava_projectors.integration.gate import Package, is_ours, our_name
 
 IN_THREADS = """
-import threading, time
+import sys, threading, time
 failed = []
 
-def run(script, delay):
-    time.sleep(delay)
+def run(script, awaited):
+    while awaited not in sys.modules and not failed:
+        time.sleep(0.001)
     try:
         exec(script, {"failed": failed})
     except BaseException as error:
@@ -40,22 +41,24 @@ print(failed or "done")
 
 
 def in_threads(*scripts, before="", timeout=150):
-    """Run scripts in threads of a fresh interpreter, each after its delay; returns the last line it prints."""
+    """Run scripts in threads of a fresh interpreter, each once a module is there; returns the last line it prints."""
     script = before + IN_THREADS % ", ".join(map(repr, scripts))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.3, 0.8])
-def test_another_thread_may_import_what_a_seam_needs(delay):
+@pytest.mark.parametrize("awaited", ["torch", "torch.nn", "torch.distributed"])
+def test_another_thread_may_import_what_a_seam_needs(awaited):
     """Python holds its import lock while it asks a finder; importing torch there waited for ever."""
-    assert in_threads(("import torch", 0), ("import llava.model.builder", delay)) == "done"
+    assert in_threads(("import torch", "sys"), ("import llava.model.builder", awaited)) == "done"
 
 
 def test_nothing_waits_for_ever_where_torch_itself_fails():
     """Torch cannot be imported by two threads that enter it at different places, with or without this plugin."""
-    in_threads(("import transformers", 0), ("import llava.model.builder", 0.3))
+    ended = in_threads(("import transformers", "sys"), ("import llava.model.builder", "torch"))
+    assert ended.startswith(("done", "["))
+    assert "llava_projectors" not in ended  # what fails is theirs
 
 
 PATCH_AND_UNPATCH = """
@@ -78,7 +81,8 @@ for _ in range(20):
 
 
 def test_twenty_rounds_of_importing_patching_and_unpatching_in_threads():
-    threads = [("import llava.model.builder", 0), (RELOAD, 0), (PATCH_AND_UNPATCH, 0), (PATCH_AND_UNPATCH, 0.1)]
+    scripts = ("import llava.model.builder", RELOAD, PATCH_AND_UNPATCH)
+    threads = [*((script, "sys") for script in scripts), (PATCH_AND_UNPATCH, "llava.model")]
     assert in_threads(*threads, before="import sys, torch, transformers; sys.setswitchinterval(1e-5)") == "done"
 
 
@@ -388,7 +392,7 @@ def test_what_a_builder_builds_is_its_own(name, monkeypatch):
     kept = [one for one in asked if not is_ours(SimpleNamespace(mm_projector_type=one), package)]
     assert kept == (asked if own == "all" else own)
     for one in asked:
-        assert is_ours(SimpleNamespace(mm_projector_type=f"llava_projectors.{one}"), package)
+        assert is_ours(SimpleNamespace(mm_projector_type=f" llava_projectors.{one}"), package)
         assert our_name(one, package) == (f"llava_projectors.{one}" if one in kept else one)
     assert len(said) == len(kept)  # one line each, however often it is asked
     for line, one in zip(said, kept):

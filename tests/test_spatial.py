@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import warm
 from PIL import Image
+from prose import says
 from safetensors.torch import load_file
 
 from benchmarks.spatial import __main__ as command
@@ -612,9 +613,8 @@ def test_documents_say_what_the_harder_scale_found():
     def falls(what):
         return tuple(round(100 * probed[f"hidden state {layer}", what]) for layer in (4, 7))
 
-    assert "position falls from {} % to {} %".format(*falls("position")) in text
-    assert "letters from {} % to {} %".format(*falls("letter")) in text
-    assert "stay ({} % and {} %)".format(*falls("contents")) in text
+    found = [f"{value} %" for what in ("position", "letter", "contents") for value in falls(what)]
+    assert says(text, "position", *found[:2], "letters", *found[2:4], "contents", *found[4:])
     finalists = report.Results(rows, "finalists")
     for name in ("saep", study.with_options("saep", layers=study.ONE_LAYER)):
         found = [
@@ -674,22 +674,22 @@ def test_documents_say_what_the_options_gave():
 
     text = (command.RESULTS.parent / "spatial" / "README.md").read_text()
     letters = [percent(study.with_options(name, stride=s), "detail") for s in (None, 3) for name in (plain, with_max)]
-    assert "from {} % to {} % with a quarter of the tokens and from {} % to {} % with a ninth".format(*letters) in text
+    before, with_it, before_3, with_it_3 = (f"{rate} %" for rate in letters)
+    assert says(text, "letters", before, with_it, "a quarter", before_3, with_it_3, "a ninth")
     assert percent(deepest) == percent(study.with_stride(deepest, 3))
-    assert f"has {percent(deepest)} % of all answers with a quarter of the tokens and with a ninth" in text
-    assert f"{points(deepest, plain):.0f} points more than plain SAEP with a quarter" in text
+    lead = f"{points(deepest, plain):.0f} points"
+    assert says(text, f"{percent(deepest)} %", "a quarter", "a ninth", lead, "plain SAEP", "a quarter")
     after = points(study.with_options(plain, blocks_after=8, layers=study.ONE_LAYER), plain)
-    assert f"Blocks behind the stride alone do nothing ({after:.1f})" in text
+    assert says(text, "Blocks behind the stride alone", f"({after:.1f})")
     narrow = points(deep, study.with_options(deep, readout_size=sizes.SIZES.llm_width // 2))
-    assert f"Half the readout's width costs {narrow:.1f} points" in text
+    assert says(text, "Half the readout's width", f"{narrow:.1f} points")
     one, narrow = (
         [percent(name), percent(study.with_stride(name, 3))]
         for name in (study.ONE_BEFORE, study.with_options(deepest, **study.NARROW))
     )
-    assert "has {} % with a quarter of the tokens and {} % with a ninth, ".format(*one) in text
-    assert "half the inner width {} % and {} %".format(*narrow) in text
     other = percent("c_abstractor"), percent("c_abstractor:stride=3")
-    assert "`c_abstractor` has {} % and {} % in the same runs".format(*other) in text
+    one, narrow, other = ([f"{rate} %" for rate in rates] for rates in (one, narrow, other))
+    assert says(text, one[0], "a quarter", one[1], "a ninth", "half the inner width", *narrow, "`c_abstractor`", *other)
 
 
 def test_documents_say_what_the_finalists_gave():
@@ -729,7 +729,6 @@ def test_documents_say_what_small_widths_want():
 
     text = (command.RESULTS.parent / "spatial" / "README.md").read_text()
     points = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * p for p in results.difference(more_heads, published, "all")))
-    assert f"{percent(more_heads)} instead of {percent(published)}, which is {points} points more" in text
     absolute = [percent(name, "absolute") for name in (more_heads, published)]
-    assert "absolute position {} instead of {}".format(*absolute) in text
-    assert f"(`init=scaled`) have {percent(scaled)}, both {percent(both)}, at" in text
+    heads = ("`head_size=32`", percent(more_heads), percent(published), f"{points} points")
+    assert says(text, *heads, "absolute position", *absolute, "`init=scaled`", percent(scaled), percent(both))

@@ -525,6 +525,19 @@ def test_a_tower_without_hidden_states_and_without_a_square_is_refused():
         tower(torch.zeros(1, 3, 64, 64))
 
 
+def test_a_tower_that_returns_a_grid_of_two_dimensions_is_refused():
+    """Its second dimension is a square number, so that it could be taken for patches."""
+
+    class Unflattened(Convolutional):
+        def forward(self, images):
+            return super().forward(images).unflatten(1, (4, 16))
+
+    tower = Unflattened()
+    convert_tower(tower, registry.resolve("avg_pool"))
+    with pytest.raises(ProjectorSpecError, match=r"features \[images, patches, channels\] .* returned \[1, 4, 16, 8\]"):
+        tower(torch.zeros(1, 3, 64, 64))
+
+
 def test_a_second_tower_takes_single_layer_types(towers, images):
     """MGM's auxiliary tower attends from the first tower's features, of the width of one layer."""
     with pytest.raises(ProjectorSpecError, match="reads 2 layers .*--mm_vision_tower_aux .*pass saep:layers=7"):
@@ -561,15 +574,19 @@ def test_a_tower_that_cannot_be_tried_waits_for_its_first_forward():
 
     class Rotary(torch.nn.Module):
         image_processor = SimpleNamespace(crop_size={"height": 56})
+        patch_side, shapes = 24, ()
 
         def __init__(self):
             super().__init__()
             self.vision_tower = torch.nn.Linear(2, 2)
 
         def forward(self, images):
+            self.shapes += (tuple(images.shape),)
             raise RuntimeError("no kernel for a CPU")
 
-    see_real_grid(Rotary())
+    tower = Rotary()
+    see_real_grid(tower)
+    assert (tower.shapes, tower.patch_side) == (((1, 3, 56, 56),), 24)
 
 
 def clip_tower(tiny, **methods):
