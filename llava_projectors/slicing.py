@@ -130,7 +130,7 @@ def choose_grid(width: int, height: int, patch_num: int, side: int = 336) -> Gri
     filled = torch.round(height * scale) * torch.round(width * scale) / areas
     enlarged = picture * 1.4
     overlap = torch.minimum(boxes, enlarged).prod(1)
-    iou = overlap / (areas + enlarged.prod() - overlap + 1e-5)
+    iou = overlap / (areas + enlarged.prod() - overlap)  # published with 1e-5 more, which float32 drops here
     return grids(patch_num)[int(torch.argmax(filled + 0.1 * iou))]
 
 

@@ -336,6 +336,20 @@ def test_bad_adapters_are_errors(load, adapter, tiny, change, message):
         load(adapter(change), tiny.llm)
 
 
+def test_a_quantised_parameter_has_no_shape_to_compare():
+    """bitsandbytes packs the numbers of a layer in 4 bits into one column of bytes."""
+    projector = build_projector("avg_pool", 8, 16)
+    projector.mlp[0].weight = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    weights.guard(projector)
+    other = {**build_projector("avg_pool", 8, 16).state_dict(), "mlp.0.weight": torch.zeros(64, 1, dtype=torch.uint8)}
+    projector.load_state_dict(other)
+    assert torch.equal(projector.mlp[2].weight, other["mlp.2.weight"])
+    expected = weights.expected_shapes(projector)
+    assert expected["mlp.0.weight"] == ()
+    assert weights.problems(expected, {**expected, "mlp.0.weight": (3, 5)}) == ""
+    assert weights.problems(expected, {**expected, "mlp.0.bias": (3,)}) == "wrong shape: mlp.0.bias is [3], not [16]"
+
+
 def test_stock_checkpoints_are_not_looked_at(load, tiny):
     """Half a stock projector loads as LLaVA loads it, with its warning; that is LLaVA's to judge."""
     folder, _ = tiny.finetune("stock-guard", "mlp2x_gelu", max_steps=1)

@@ -373,8 +373,10 @@ def test_training_converges(type_string):
 def test_bad_features_are_explained(type_string, levels):
     projector = build_projector(type_string, 16, 8)
     expected = rf"expects features \[batch, patches, {levels * 16}\], {levels} hidden states of 16 channels"
-    with pytest.raises(ValueError, match=expected):
-        projector(torch.zeros(1, 144, 16))
+    # Other channels; and the right ones, last of two and of four dimensions.
+    for shape in ((1, 144, 16), (4, levels * 16), (1, 4, 9, levels * 16)):
+        with pytest.raises(ValueError, match=f"{expected}; got {re.escape(str(list(shape)))}"):
+            projector(torch.zeros(shape))
     with pytest.raises(ValueError, match="without the CLS token.*got 577 patches"):
         projector(torch.zeros(1, 577, levels * 16))
 

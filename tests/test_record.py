@@ -59,6 +59,10 @@ def test_loading_builds_what_was_trained_whatever_the_defaults_have_become(train
     assert model.get_vision_tower().projector_layers == (4, 7)
 
 
+def test_layers_counted_from_the_end_are_recorded_from_the_start(build_model):
+    assert build_model("saep:layers=-5+-2").config.mm_projector_options["layers"] == [4, 7]
+
+
 def test_checkpoints_without_a_record_load_as_before(trained, tmp_path):
     from llava.model import LlavaLlamaForCausalLM
 
@@ -320,6 +324,28 @@ def test_an_adapter_whose_purpose_cannot_be_known_is_used_with_a_warning(adapter
     (adapter.parent / "config.json").unlink()
     start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
     assert "has no readable config.json beside it, so it cannot be known which" in messages[-2]
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({"mm_projector_options": {n: v for n, v in OPTIONS.items() if n != "readout_size"}}, ""),  # as of older ones
+        ({"mm_projector_options": {}}, ""),
+        ({"mm_projector_options": {}, "mm_projector_type": "saep:layers=-5+-2"}, ""),  # which depend on the tower
+        ({"mm_projector_options": {}, "mm_projector_type": "saep:shortcut=average"}, "shortcut=average (now max)"),
+        ({"mm_projector_options": {}, "mm_projector_type": "mlp2x_gelu"}, ""),
+    ],
+)
+def test_what_the_config_beside_an_adapter_does_not_say_is_no_difference(
+    adapter, model_args, tiny, messages, change, warned
+):
+    from llava.model import LlavaLlamaForCausalLM
+
+    (adapter.parent / "config.json").write_text(json.dumps({**config_of(adapter.parent), **change}))
+    start(model_args, adapter, LlavaLlamaForCausalLM.from_pretrained(tiny.llm))
+    warnings = [line for line in messages if "WARNING" in line]
+    assert len(warnings) == bool(warned)
+    assert all(f"was trained with {warned}; its weights fit" in line for line in warnings)
 
 
 def test_an_adapter_of_the_older_default_says_what_to_pass(adapter, model_args, tiny):

@@ -208,7 +208,9 @@ def test_types_of_other_distributions(installed_distribution):
 )
 def test_a_type_string_is_kept_in_its_plainest_form(written):
     assert registry.normalize(written) == "saep:stride=3,layers=6+12"
-    assert registry.normalize(f"llava_projectors.{written.strip()}") == "llava_projectors.saep:stride=3,layers=6+12"
+    for blanks in ("", " "):
+        ours = registry.normalize(f"{blanks}llava_projectors.{written.strip()}")
+        assert ours == "llava_projectors.saep:stride=3,layers=6+12"
 
 
 def test_a_kernel_larger_than_the_grid_is_refused():
