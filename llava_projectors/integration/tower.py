@@ -10,13 +10,10 @@ The patch grid is what the tower returns. What its config says is announced unti
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 import operator
-import re
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Callable, ClassVar, Optional
 
@@ -27,6 +24,14 @@ from llava_projectors.integration import fast_tower
 from llava_projectors.integration.forks import REFUSED_SETTINGS, SECOND_TOWER_SETTINGS
 from llava_projectors.integration.image_processor import set_slicing
 from llava_projectors.integration.log import log
+from llava_projectors.integration.tower_code import (
+    dropped_layers,
+    further_models,
+    mentions,
+    names_in,
+    returns_tuple,
+    tuples_returned,
+)
 from llava_projectors.integration.tower_weights import refuse_random_weights, watched
 from llava_projectors.integration.truncated_encoder import can_keep, keeping
 from llava_projectors.projectors.base import Projector
@@ -248,7 +253,7 @@ def _forward_of(tower_class: Any) -> Callable[..., Any]:
     Raises:
         ProjectorSpecError: ours cannot stand for it.
     """
-    names = _names_in(tower_class, "forward")
+    names = names_in(tower_class, "forward")
     forward: Callable[..., Any] = tower_class.forward
     if "feature_select" in names and "hidden_states" not in names:
         return forward
@@ -265,102 +270,7 @@ def _forward_of(tower_class: Any) -> Callable[..., Any]:
             f"{shown} takes {', '.join(further)} beside the images and chooses hidden states by itself: the projector "
             "types of llava_projectors cannot read it"
         )
-    return MultiLayerTower.select_pair_from_images if _returns_tuple(forward) else MultiLayerTower.select_from_images
-
-
-def _names_in(tower_class: Any, method: str, seen: Optional[set[str]] = None) -> set[str]:
-    """Attributes that a method of the class uses, and the methods that it calls, `feature_select` left out."""
-    seen = set() if seen is None else seen
-    seen.add(method)
-    names: set[str] = set()
-    for function in (vars(base)[method] for base in tower_class.__mro__ if method in vars(base)):
-        names |= {*inspect.unwrap(function).__code__.co_names}
-        if "super" not in names:
-            break
-    for name in names - seen - {"feature_select"}:
-        if inspect.isfunction(inspect.getattr_static(tower_class, name, None)) and not hasattr(nn.Module, name):
-            names |= _names_in(tower_class, name, seen)
-    return names
-
-
-def _mentions(tower_class: Any, word: str) -> bool:
-    """Whether a method of the class, those of torch left out, names a keyword or attribute."""
-    methods = [
-        inspect.unwrap(value)
-        for base in tower_class.__mro__
-        if issubclass(base, nn.Module) and base is not nn.Module and not base.__module__.startswith("torch.")
-        for value in vars(base).values()
-        if inspect.isfunction(value)
-    ]
-    return any(word in str(method.__code__.co_consts) or word in method.__code__.co_names for method in methods)
-
-
-def _returns_tuple(function: Any) -> bool:
-    return any(_tuples_returned(function))
-
-
-def _tuples_returned(function: Any) -> list[bool]:
-    """Of every `return` with a value, whether it is a tuple."""
-    returned = [node.value for node in ast.walk(_parsed(function)) if isinstance(node, ast.Return)]
-    return [isinstance(value, ast.Tuple) for value in returned if value is not None]
-
-
-def _dropped_layers(tower_class: Any) -> int:
-    """Layers that are deleted and that the config still counts, `del ….layers[-1:]`.
-
-    By `load_model`, or by the constructor of a class that it names (DenseConnector's and TinyLLaVABench's SigLIP).
-    """
-    load: Any = inspect.unwrap(getattr(tower_class, "load_model", None))  # type: ignore[arg-type]
-    if not inspect.isfunction(load):
-        return 0
-    named = [load.__globals__.get(name) for name in load.__code__.co_names]
-    constructors = [vars(value).get("__init__") for value in named if isinstance(value, type)]
-    for function in (load, *constructors):
-        found = re.search(r"del .*\.layers\[-(\d+):\]", _source(function))
-        if found:
-            return int(found[1])
-    return 0
-
-
-def _further_models(tower: Any) -> list[str]:
-    """Parts beside `vision_tower` whose weights the tower's forward uses: of one that joins SigLIP with a DINOv2.
-
-    Those that hold weights, and of a tower that is not loaded those that loading will make.
-    """
-    tower_class: Any = type(tower)
-    held = {name for name, part in tower.named_children() if next(part.parameters(), None) is not None}
-    awaited = {name for name in _built_by(tower_class, "load_model") if getattr(tower, name, None) is None}
-    return sorted(_names_in(tower_class, "forward") & (held | awaited) - {"vision_tower"})
-
-
-def _built_by(tower_class: Any, method: str) -> set[str]:
-    """Attributes to which a method of the class, or one that it calls, assigns what another call returns."""
-    methods = {method, *_names_in(tower_class, method)}
-    functions = [
-        value
-        for base in tower_class.__mro__
-        if base not in nn.Module.__mro__
-        for name, value in vars(base).items()
-        if name in methods and inspect.isfunction(value)
-    ]
-    assigned = [node for function in functions for node in ast.walk(_parsed(function)) if isinstance(node, ast.Assign)]
-    targets = [part for node in assigned if isinstance(node.value, ast.Call) for part in _parts_of(node.targets)]
-    return {part.attr for part in targets if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)}
-
-
-def _parts_of(targets: list[ast.expr]) -> Iterator[ast.AST]:
-    return (part for target in targets for part in ast.walk(target))
-
-
-def _parsed(function: Any) -> ast.AST:
-    return ast.parse(_source(function))
-
-
-def _source(function: Any) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-    except (OSError, TypeError):  # made at run time, or no source at hand
-        return ""
+    return MultiLayerTower.select_pair_from_images if returns_tuple(forward) else MultiLayerTower.select_from_images
 
 
 def find_tower(model: Any) -> Any:
@@ -413,15 +323,15 @@ def _layers_and_side(tower: Any, resolved: ResolvedSpec) -> tuple[tuple[int, ...
             several, or the forward returns several tensors.
     """
     tower_class: Any = type(tower)
-    if not (_mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")):
+    if not (mentions(tower_class, "output_hidden_states") and hasattr(tower.config, "num_hidden_layers")):
         reason = "which gives no hidden states"
-    elif not _mentions(tower_class, "vision_tower"):
+    elif not mentions(tower_class, "vision_tower"):
         reason = "whose vision model is not its `vision_tower`"
-    elif further := _further_models(tower):
+    elif further := further_models(tower):
         reason = f"which joins its `vision_tower` with {' and '.join(further)}"
     else:
         return layers_of(tower, tower_class, resolved), tower.config.image_size // tower.config.patch_size
-    tuples = _tuples_returned(tower_class.forward)
+    tuples = tuples_returned(tower_class.forward)
     if tuples and all(tuples):
         raise ProjectorSpecError(
             f"projector type {resolved.type_string!r} needs one tensor of features: the forward of the vision "
@@ -539,7 +449,7 @@ def refuse_unsupported_tower(tower: Any, resolved: ResolvedSpec, cfg: Any) -> No
             f"{prefix} needs the patch grid without the CLS token: "
             f"--mm_vision_select_feature {tower.select_feature} must be patch"
         )
-    if _returns_tuple(getattr(type(tower), "feature_select", None)):
+    if returns_tuple(getattr(type(tower), "feature_select", None)):
         raise ProjectorSpecError(
             f"{prefix} needs one tensor of features: feature_select of the vision tower {type(tower).__name__} returns "
             "several"
@@ -555,7 +465,7 @@ def refuse_unsupported_tower(tower: Any, resolved: ResolvedSpec, cfg: Any) -> No
 
 def layers_of(tower: Any, tower_class: Any, resolved: ResolvedSpec) -> tuple[int, ...]:
     """Absolute indices of a tower's hidden states that a projector asks for; errors as `resolve_layers`."""
-    depth = tower.config.num_hidden_layers - _dropped_layers(tower_class)
+    depth = tower.config.num_hidden_layers - dropped_layers(tower_class)
     return resolve_layers(resolved, depth, getattr(tower, "select_layer", -1))
 
 
