@@ -73,6 +73,7 @@ def test_lines_and_tokens():
     assert slicing.ends_line((3, 1)) == [True, True, True, True]
     assert slicing.ends_line((2, 2)) == [False, True, False, True, True]
     assert slicing.visual_tokens((1, 1), 144) == 145
+    assert slicing.visual_tokens((1, 1), 81) == 82
     assert slicing.visual_tokens((3, 3), 144) == 9 * 144 + 9 + 144 + 1
 
 
@@ -89,6 +90,12 @@ def test_extreme_sizes(size, grid):
     assert len(tiles) == slicing.tile_count(grid)
     assert (tiles[: grid[0] * grid[1]].amax((1, 2, 3)) > 0.99).all()
     assert tiles.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_named(size):
+    with pytest.raises(ValueError, match="a picture of {}x{} pixels".format(*size)):
+        slicing.choose_grid(*size, 9)
 
 
 @pytest.mark.parametrize("shape", [(336, 672), (672, 336), (400, 400), (300, 300), (0, 0)])

@@ -197,10 +197,15 @@ def test_types_of_other_distributions(installed_distribution):
                 super().__init__(mm_hidden_size, hidden_size, None, 1)
         """
     folder = installed_distribution("theirs", "their_projectors", source, "a = their_projectors", "b = not_there")
-    script = "import llava_projectors; print(llava_projectors.list_projectors())"
+    script = """
+import llava_projectors as lp
+print(lp.parse_spec("theirs").name)
+print(*(lp.list_projectors() for _ in range(2)), sep="\\n")
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(sorted([*BUILT_IN, "theirs"]))
-    assert "not_there" in done.stderr
+    assert done.stdout.splitlines() == ["theirs", *[str(sorted([*BUILT_IN, "theirs"]))] * 2]
+    (warning,) = done.stderr.splitlines()
+    assert "not_there" in warning
 
 
 @pytest.mark.parametrize(
@@ -249,6 +254,7 @@ def test_values_are_read_whatever_their_case_and_blanks(clean_registry):
             super().__init__(mm_hidden_size, hidden_size, None, 1)
 
     assert lp.parse_spec("cased:on=False").options == {"on": False}
+    assert lp.parse_spec("cased:on=TRUE").options == {"on": True}
     assert lp.parse_spec(" llava_projectors.cased").name == "cased"
     with pytest.raises(lp.ProjectorSpecError, match="did you mean 'layer'"):
         lp.parse_spec("cased:norm=LAYER")
@@ -261,6 +267,11 @@ def test_two_types_in_one_annotation_are_refused(clean_registry):
         class Both(lp.Projector):
             def __init__(self, mm_hidden_size, hidden_size, *, x: Optional[Union[int, str]] = None):
                 super().__init__(mm_hidden_size, hidden_size, None, 1)
+
+
+def test_a_projector_is_for_clip_large_and_a_7b_llm_unless_it_is_told():
+    projector = lp.build_projector("avg_pool")
+    assert (projector.mm_hidden_size, projector.hidden_size) == (1024, 4096)
 
 
 def test_options_decide_whether_two_types_are_one():
