@@ -197,7 +197,8 @@ def run(arguments: argparse.Namespace) -> int:
             select_layer=arguments.select_layer,
         )
     except (OSError, ValueError) as error:
-        print(f"does not fit: {error}", file=sys.stderr)
+        is_unread = str(error).startswith("cannot read")  # so nothing is known of whether it fits
+        print(error if is_unread else f"does not fit: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines))
     return int(any(line.startswith(NOT_CHECKED) for line in lines))
