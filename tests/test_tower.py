@@ -375,6 +375,24 @@ def joined_by_helpers(siglip, dino):
     return Joined()
 
 
+def joined_with_a_list(siglip, dino):
+    """The second model in a list, by which forks keep its weights out of their checkpoints."""
+
+    class Joined(siglip):
+        def load_model(self):
+            super().load_model()
+            self.frozen = [transformers.Dinov2Model.from_pretrained(dino)]
+
+        def forward(self, images):
+            further = [model(images).last_hidden_state[:, 1:] for model in self.frozen]
+            return torch.cat([super().forward(images), *further], dim=-1)
+
+        hidden_size = property(lambda self: self.config.hidden_size + 16)
+        num_patches = 27**2
+
+    return Joined()
+
+
 def joined_towers(siglip, dino):
     """Two towers in one, each of which loads itself."""
 
@@ -405,7 +423,7 @@ def joined_towers(siglip, dino):
 
 
 @pytest.mark.parametrize("loads_first", [False, True])
-@pytest.mark.parametrize("make", [joined_in_forward, joined_by_helpers, joined_towers])
+@pytest.mark.parametrize("make", [joined_in_forward, joined_by_helpers, joined_with_a_list, joined_towers])
 def test_a_tower_that_joins_two_models_serves_its_own_features_to_types_of_one_layer(siglip, dino, make, loads_first):
     """As forks of LLaVA-NeXT join SigLIP and DINOv2. Hidden states of the first alone would leave the second out."""
     images, stock = torch.randn(1, 3, 384, 384), make(siglip, dino)

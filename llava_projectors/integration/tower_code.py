@@ -75,18 +75,26 @@ def further_models(tower: Any) -> list[str]:
     Those that hold weights, and of a tower that is not loaded those that loading will make.
     """
     tower_class: Any = type(tower)
-    held = {name for name, part in tower.named_children() if next(part.parameters(), None) is not None}
+    held = {name for name, value in (*vars(tower).items(), *tower.named_children()) if _has_weights(value)}
     awaited = {name for name in _built_by(tower_class, "load_model") if getattr(tower, name, None) is None}
     return sorted(names_in(tower_class, "forward") & (held | awaited) - {"vision_tower"})
 
 
+def _has_weights(value: Any) -> bool:
+    """Whether it is a module with parameters, or a list or dict of such, which keeps them out of the state dict."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(v, nn.Module) and next(v.parameters(), None) is not None for v in values)
+
+
 def _built_by(tower_class: Any, method: str) -> set[str]:
-    """Attributes to which a method of the class, or one that it calls, assigns what another call returns."""
+    """Attributes to which a method of the class, or one that it calls, assigns what calls return, one or several."""
     assigned = [
         node
         for function in _own_functions(tower_class, {method, *names_in(tower_class, method)})
         for node in ast.walk(_parsed(function))
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, (ast.Call, ast.List, ast.Dict))
+        and any(isinstance(part, ast.Call) for part in ast.walk(node.value))
     ]
     targets = [part for node in assigned for target in node.targets for part in ast.walk(target)]
     return {part.attr for part in targets if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)}
