@@ -237,6 +237,12 @@ def test_values_and_gradients_equal_naive_reference(type_string, side, dtype, to
     assert relative_error(ours, torch.cat([weights[name].grad.flatten() for name in names])) < tolerance * 3
 
 
+def test_the_resamplers_queries_start_small():
+    torch.manual_seed(0)
+    assert build_projector("resampler", 32, 512).queries.std().item() == pytest.approx(0.02, rel=0.02)
+    assert build_projector("resampler:num_queries=1", 32, 16)(torch.zeros(2, 9, 32)).shape == (2, 1, 16)
+
+
 def test_the_resamplers_queries_know_where_they_are():
     """Positions of queries and patches agree: a query's is nearest to those of the patches under it."""
     like = torch.zeros(1, 64)

@@ -369,6 +369,14 @@ BUILDERS = {
             if config.mm_projector_type == "linear": return build(config)
             unknown(config.mm_projector_type)
         """, ["stf"]),
+    "a type that is refused elsewhere, for another reason": (
+        """
+        def build_vision_projector(config):
+            kind = config.mm_projector_type
+            if kind == "linear": return build(config)
+            if kind == "delta": raise ValueError(f"{kind} needs a GPU")
+            unknown(kind)
+        """, ["delta"]),
     "it says no without a name": (
         """
         def build_vision_projector(config):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_projectors import ProjectorSpecError, build_projector, list_projectors
-from llava_projectors.projectors.base import multi_level_layers
+from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.convolutions import LevelNorm
+from llava_projectors.projectors.grid import region_mask
 from llava_projectors.projectors.tokenpacker import downsample_bilinear
 
 GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
@@ -406,6 +407,17 @@ def test_siglips_grid():
 
 def test_default_layers_of_clip_large_are_the_published():
     assert multi_level_layers(23) == (12, 16, 22, 23)
+
+
+def test_a_mask_is_made_only_where_patches_are_missing():
+    assert region_mask(torch.zeros(1, 12, 12, 1), 3) is None
+    mask = region_mask(torch.zeros(1, 5, 5, 1), 3)
+    assert mask.shape == (1, 2, 3, 2, 3, 1)
+    assert mask.sum() == 25
+
+
+def test_a_type_without_a_stride_gives_a_token_a_patch():
+    assert Projector.output_side(5, {}) == 5
 
 
 def test_layers_option_sets_the_input_width():
