@@ -48,7 +48,15 @@ def load(folder: str, trust_remote_code: bool = True) -> tuple[Any, Any]:
 
 def inputs_of(processor: Any, case: dict[str, Any]) -> Any:
     """The processor's output for one case of the reference."""
-    return processor(images=case["images"], text=case["prompt"], return_tensors="pt")
+    return processor(text=case["prompt"], return_tensors="pt", **visual_inputs(case))
+
+
+def visual_inputs(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a processor for the pictures of a case: as pictures, padded ones or a video."""
+    pictures, given_as = case["images"], case.get("given_as", "pictures")
+    if given_as == "video":
+        return {"images": None, "videos": [pictures]}
+    return {"images": pictures, **({"image_aspect_ratio": "pad"} if given_as == "pad" else {})}
 
 
 def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

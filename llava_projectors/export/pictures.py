@@ -13,13 +13,15 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.files import read_json
 from llava_projectors.integration.high_resolution import SEPARATORS
 from llava_projectors.serving.hook import NOT_STOCK, PROCESSOR_AUTO_MAP, STOCK_NAMES
-from llava_projectors.serving.layout import AnyResolution, Layout, OneTile, Slices, as_settings
+from llava_projectors.serving.layout import AnyResolution, Frames, Layout, OneTile, Slices, as_settings
 from llava_projectors.slicing import slicing_of
 
 MERGES = ("flat", "spatial", "spatial_unpad")
 # What LLaVA-NeXT alone writes into a config. There each picture is a list of its own, and `image_newline` follows
 # also where it is one tile; LLaVA stacks such pictures, and then it does not.
 NEXT_SETTING = "vision_tower_pretrained"
+# `mm_spatial_pool_mode`: how LLaVA-NeXT pools the frames of a video.
+POOLS = ("average", "max", "bilinear")
 
 
 def image_layout(config: Mapping[str, Any], source: Path, tile_side: int, token_side: int) -> Layout:
@@ -38,50 +40,72 @@ def image_layout(config: Mapping[str, Any], source: Path, tile_side: int, token_
     aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type") or "flat"
     if merge not in MERGES:
         raise ExportError(f"{source} has mm_patch_merge_type {merge!r}: {', '.join(MERGES)} can be exported")
+    is_next = NEXT_SETTING in config
+    video = _video(config, merge, token_side) if is_next else None
     slicing = slicing_of(SimpleNamespace(**config))
     if slicing is not None:
-        separators = config.get(SEPARATORS)
-        if separators is None:
-            raise ExportError(
-                f"{source} has image_aspect_ratio {aspect!r} and no {SEPARATORS}: write the ids of ',' and the newline "
-                "into its config.json, [29892, 0] in the released models"
-            )
-        return Slices(token_side, tile_side, slicing.patch_num, tuple(separators))
+        separators = _separators(config, source)
+        return Slices(token_side, tile_side, slicing.patch_num, separators, not is_next, video)
     matched = re.fullmatch(r"anyres(?:_max_(\d+))?", str(aspect))
-    if matched:
-        most = int(matched[1]) if matched[1] else None
+    if matched and (is_next or not matched[1]):
+        most = int(matched[1]) if matched[1] and merge == "spatial_unpad" else None
         resolutions = _resolutions(config.get("image_grid_pinpoints"), tile_side, source)
-        return AnyResolution(token_side, tile_side, resolutions, merge, most if merge == "spatial_unpad" else None)
+        return AnyResolution(token_side, tile_side, resolutions, merge, most, video)
     if aspect not in (None, "pad", "square"):
         raise ExportError(
-            f"{source} has image_aspect_ratio {aspect!r}: pad, square, slice, anyres and anyres_max_N can be exported"
+            f"{source} has image_aspect_ratio {aspect!r}: pad, square, slice and anyres can be exported, and "
+            "anyres_max_N of LLaVA-NeXT, which alone knows it"
         )
-    is_next = NEXT_SETTING in config
-    return OneTile(token_side, aspect == "pad", newline=is_next and merge == "spatial_unpad")
+    return OneTile(token_side, aspect == "pad", is_next and merge == "spatial_unpad", video)
+
+
+def _separators(config: Mapping[str, Any], source: Path) -> tuple[int, int]:
+    separators = config.get(SEPARATORS)
+    if separators is None:
+        raise ExportError(
+            f"{source} has image_aspect_ratio {config['image_aspect_ratio']!r} and no {SEPARATORS}: write the ids of "
+            "',' and the newline into its config.json, [29892, 0] in the released models"
+        )
+    comma, newline = separators
+    return comma, newline
+
+
+def _video(config: Mapping[str, Any], merge: str, token_side: int) -> Optional[Frames]:
+    """LLaVA-NeXT's layout of videos; None where it fails on videos itself."""
+    pool = config.get("mm_spatial_pool_mode")
+    if pool not in POOLS or config.get("add_faster_video"):
+        return None
+    if merge == "flat":
+        return Frames(token_side, pool, "no_token")
+    position, has_newline = config.get("mm_newline_position", "one_token"), "unpad" in merge
+    if position == "one_token" and not has_newline:
+        position = "no_token"
+    is_known = position == "no_token" or (has_newline and position in ("grid", "frame", "one_token"))
+    return Frames(token_side, pool, position) if is_known else None
 
 
 def _resolutions(pinpoints: Any, side: int, source: Path) -> tuple[tuple[int, int], ...]:
     """[width, height] of each resolution, from a list, one as text, or LLaVA-NeXT's range `(1x1),...,(6x6)`."""
-    found = pinpoints
-    if isinstance(pinpoints, str) and "x" in pinpoints:
-        corners = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
-        if corners:
-            (left, top), (right, bottom) = corners[0], corners[-1]
-            found = [(x * side, y * side) for x in range(left, right + 1) for y in range(top, bottom + 1)]
-    elif isinstance(pinpoints, str):
-        try:
-            found = ast.literal_eval(pinpoints)
-        except (ValueError, SyntaxError):
-            found = None
     try:
-        resolutions = tuple((int(width), int(height)) for width, height in found)
-    except (TypeError, ValueError):
+        resolutions = tuple((int(width), int(height)) for width, height in _pairs(pinpoints, side))
+    except (TypeError, ValueError, SyntaxError, IndexError):
         resolutions = ()
     if not resolutions or any(length <= 0 or length % side for pair in resolutions for length in pair):
         raise ExportError(
             f"{source} has image_grid_pinpoints {pinpoints!r}: anyres needs pairs of multiples of the tower's {side} px"
         )
     return resolutions
+
+
+def _pairs(pinpoints: Any, side: int) -> Any:
+    """What LLaVA reads `image_grid_pinpoints` as: pairs, unless it is something else."""
+    if not isinstance(pinpoints, str):
+        return pinpoints
+    if "x" not in pinpoints:
+        return ast.literal_eval(pinpoints)
+    corners = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+    (left, top), (right, bottom) = corners[0], corners[-1]
+    return [(x * side, y * side) for x in range(left, right + 1) for y in range(top, bottom + 1)]
 
 
 def processor_settings(layout: Layout, tower: Path, tile_side: int, is_siglip: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ transformers in another environment (`compare.py`), or else on this stack, from 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
@@ -13,23 +14,25 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
 from unittest import mock
 
+import numpy as np
 import torch
 
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.llm import LLMS, end_tokens
+from llava_projectors.export.llm import LLMS, SAMPLING, end_tokens
 from llava_projectors.files import checkpoint_tensors, read_json
 from llava_projectors.integration.loader import load, name_for
 from llava_projectors.registry import projector_class
-from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor
-from llava_projectors.serving.layout import Slices, layout_of, pack_pictures
-from llava_projectors.slicing import is_slice, to_tiles
+from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor, seen_whole
+from llava_projectors.serving.layout import AnyResolution, Layout, Slices, layout_of, pack_pictures
+from llava_projectors.slicing import is_slice, to_tiles, to_whole
 
 Case = dict[str, Any]
 TOLERANCE = 1e-4  # of the largest logit, in float32 with weights rounded alike on both sides
@@ -39,6 +42,20 @@ WORDS = (
     "日本", "🙂", ",a", "123", "4567.8", "don't", "I'LL", "e\u0301", "#!", "_x",
 )  # fmt: skip
 PROMPT = "A chat. USER: {images}{question} ASSISTANT:"
+
+
+class Question(NamedTuple):
+    """What both sides are asked.
+
+    Attributes:
+        prompt: with `<image>` in it.
+        pictures: in PIL's form.
+        given_as: `pictures`, as the config says; `pad`, each padded and seen whole; `video`, frames of one.
+    """
+
+    prompt: str
+    pictures: list[Any]
+    given_as: str = "pictures"
 
 
 def test_pictures() -> list[Any]:
@@ -54,12 +71,18 @@ def test_pictures() -> list[Any]:
     return pictures
 
 
-def default_questions() -> list[tuple[str, list[Any]]]:
-    """Prompt and pictures of what `--verify` asks: each picture, and both in one prompt."""
+def default_questions(layout: Optional[Layout] = None) -> list[Question]:
+    """What `--verify` asks: about each picture, about both in one prompt, and what else the folder's layout has."""
     pictures = test_pictures()
-    singles = [(PROMPT.format(images="<image>\n", question="What is this?"), [picture]) for picture in pictures]
+    asked = [Question(PROMPT.format(images="<image>\n", question="What is this?"), [picture]) for picture in pictures]
     both = PROMPT.format(images="<image>\n<image>\n", question="Which one is darker?")
-    return [*singles, (both, pictures)]
+    asked.append(Question(both, pictures))
+    video = None if layout is None else layout.video
+    if isinstance(layout, AnyResolution) and video is not None:  # LLaVA-NeXT's, which trains them so
+        asked.append(Question(both, pictures, "pad"))
+    if video is not None:
+        asked.append(Question(asked[0].prompt, [picture.resize((320, 200)) for picture in pictures], "video"))
+    return asked
 
 
 class _FullPrecision:
@@ -100,7 +123,7 @@ def load_llava(source: str, base: Optional[str], package: str = "llava") -> tupl
 def reference(
     source: str,
     base: Optional[str],
-    questions: Sequence[tuple[str, list[Any]]],
+    questions: Sequence[tuple[Any, ...]],
     max_new_tokens: int = 24,
     dtype: Optional[torch.dtype] = None,
     package: str = "llava",
@@ -110,7 +133,7 @@ def reference(
     Args:
         source: the checkpoint.
         base: its base, if any.
-        questions: prompts with `<image>` in them, and their pictures.
+        questions: to ask, as `Question` has them.
         max_new_tokens: of the answers.
         dtype: that all weights are rounded to, as an export's are.
         package: that LLaVA, or a fork of it, is imported as.
@@ -119,7 +142,7 @@ def reference(
     if dtype is not None:
         round_weights(model, dtype)
     known = known_tokens(source)
-    return [ask(tokenizer, model, processor, *question, max_new_tokens, package, known) for question in questions]
+    return [ask(tokenizer, model, processor, Question(*asked), max_new_tokens, package, known) for asked in questions]
 
 
 def known_tokens(source: str) -> Optional[int]:
@@ -141,8 +164,7 @@ def ask(
     tokenizer: Any,
     model: Any,
     processor: Any,
-    prompt: str,
-    pictures: list[Any],
+    question: Question,
     max_new_tokens: int,
     package: str,
     known: Optional[int],
@@ -150,23 +172,18 @@ def ask(
     """One prompt, as LLaVA's scripts ask it; see `reference` and `known_tokens`."""
     tools = importlib.import_module(f"{package}.mm_utils")
     image_token = importlib.import_module(f"{package}.constants").IMAGE_TOKEN_INDEX
-    ids = tools.tokenizer_image_token(prompt, tokenizer, image_token, return_tensors="pt")[None]
-    pixels = tools.process_images([picture.convert("RGB") for picture in pictures], processor, model.config)
-    given: dict[str, Any] = {"images": pixels, "image_sizes": [picture.size for picture in pictures]}
-    taken = inspect.signature(model.forward).parameters
-    if "modalities" in taken:  # LLaVA-NeXT's scripts give a list
-        given = {**given, "images": list(pixels), "modalities": ["image"] * len(pictures)}
-    given = {name: value for name, value in given.items() if name in taken}
+    ids = tools.tokenizer_image_token(question.prompt, tokenizer, image_token, return_tensors="pt")[None]
+    pixels = pixels_of(question, processor, model.config, tools)
+    given = visual_arguments(question, pixels, inspect.signature(model.forward).parameters)
     logits = model(input_ids=ids, **given).logits[0, :, :known]
     settings = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     output = model.generate(ids, **given, do_sample=False, max_new_tokens=max_new_tokens, **settings)
-    answer = output[0].tolist()
-    if answer[:1] == [model.generation_config.bos_token_id]:  # transformers 4.37 puts it first; it is no answer
-        answer = answer[1:]
+    answer = without_start(output[0].tolist(), model.generation_config)
     return {
-        "prompt": prompt,
-        "images": pictures,
-        "pixel_values": as_tiles(pixels, model.config, model.get_vision_tower().config.image_size),
+        "prompt": question.prompt,
+        "images": question.pictures,
+        "given_as": question.given_as,
+        "pixel_values": as_tiles(pixels, model),
         "input_ids": ids[0].tolist(),
         "logits": logits,
         "answer_ids": answer,
@@ -175,12 +192,49 @@ def ask(
     }
 
 
-def as_tiles(pixels: Any, config: Any, tile_side: int) -> torch.Tensor:
-    """What LLaVA's `process_images` returns, as the tiles that its tower sees, [T, 3, side, side]."""
+def pixels_of(question: Question, processor: Any, config: Any, tools: ModuleType) -> Any:
+    """What LLaVA's code makes of a question's pictures; of a video [1, frames, 3, side, side].
+
+    Args:
+        question: to ask.
+        processor: of LLaVA's tower.
+        config: of LLaVA's model.
+        tools: LLaVA's `mm_utils`.
+    """
+    pictures = [picture.convert("RGB") for picture in question.pictures]
+    if question.given_as == "video":
+        frames = np.stack([np.asarray(picture) for picture in pictures])
+        return processor.preprocess(frames, return_tensors="pt")["pixel_values"][None]
+    if question.given_as == "pad":  # as LLaVA-NeXT's dataset does with several pictures of a sample
+        config = copy.copy(config)
+        config.image_aspect_ratio = "pad"
+    return tools.process_images(pictures, processor, config)
+
+
+def visual_arguments(question: Question, pixels: Any, taken: Collection[str]) -> dict[str, Any]:
+    """The arguments of LLaVA's model for pictures, of those that it takes."""
+    is_video = question.given_as == "video"
+    sizes = [picture.size for picture in question.pictures][: len(pixels)]
+    given: dict[str, Any] = {"images": pixels, "image_sizes": sizes}
+    if "modalities" in taken:  # LLaVA-NeXT's scripts give a list
+        given.update(images=list(pixels), modalities=["video" if is_video else "image"] * len(pixels))
+    return {name: value for name, value in given.items() if name in taken}
+
+
+def without_start(answer: list[int], settings: Any) -> list[int]:
+    """An answer without the start token that transformers 4.37 puts in front."""
+    return answer[1:] if answer[:1] == [settings.bos_token_id] else answer
+
+
+def as_tiles(pixels: Any, model: Any) -> torch.Tensor:
+    """What `pixels_of` returns, as the tiles that LLaVA's tower sees, [T, 3, side, side]."""
+    side = model.get_vision_tower().config.image_size
     tiles: list[torch.Tensor] = []
     for picture in pixels:
-        if is_slice(getattr(config, "image_aspect_ratio", None)):
-            tiles.extend(to_tiles(picture, tile_side))
+        if is_slice(getattr(model.config, "image_aspect_ratio", None)) and picture.ndim == 3:
+            # LLaVA-NeXT, whose models take `modalities`, sees several pictures whole.
+            is_whole = len(pixels) > 1 and "modalities" in inspect.signature(model.forward).parameters
+            tiles.extend([to_whole(picture, side)] if is_whole else to_tiles(picture, side))
         else:
             tiles.extend(picture if picture.ndim == 4 else [picture])
     return torch.stack(tiles).float()
@@ -208,14 +262,21 @@ class Assembled:
     image_processor: Any
     newline: Optional[torch.Tensor]
 
+    def pixels(self, case: Case) -> Any:
+        """The image processor's output for one case of the reference."""
+        given = compare.visual_inputs(case)
+        places = [0 if given["images"] is None else len(given["images"])]
+        whole = seen_whole(self.image_processor.layout, places, given.get("image_aspect_ratio"))
+        return self.image_processor(**given, whole=whole, return_tensors="pt")
+
     def embeddings(self, case: Case) -> torch.Tensor:
         """The input of the LLM for one case of the reference, [1, positions, D]."""
-        data = self.image_processor(case["images"], return_tensors="pt")
+        layout, embed = layout_of(self.config["image_layout"]), self.llm.get_input_embeddings()
+        data = self.pixels(case)
         states = self.tower(data["pixel_values"], output_hidden_states=True).hidden_states
         has_cls = self.config["vision_feature_select_strategy"] == "default"
         layers = self.config["vision_feature_layer"]
         tokens = self.projector(torch.cat([states[layer][:, int(has_cls) :] for layer in layers], -1))
-        layout, embed = layout_of(self.config["image_layout"]), self.llm.get_input_embeddings()
         extra = self.newline if layout.newline else None
         if isinstance(layout, Slices):
             extra = embed(torch.tensor(layout.separators))
@@ -278,10 +339,8 @@ def compare_on_this_stack(folder: Path, cases: Sequence[Case]) -> list[dict[str,
             do_sample=False,
             max_new_tokens=case["max_new_tokens"],
         )
-        answer = output[0].tolist()
-        if answer[:1] == [model.llm.generation_config.bos_token_id]:
-            answer = answer[1:]
-        pixels = model.image_processor(case["images"], return_tensors="pt")["pixel_values"]
+        answer = without_start(output[0].tolist(), model.llm.generation_config)
+        pixels = model.pixels(case)["pixel_values"]
         image = model.config["image_token_index"]
         ids = [token for token in model.tokenizer(case["prompt"]).input_ids if token != image]
         text = model.tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -309,10 +368,11 @@ def verify(
     tokenizer, model, processor = load_llava(source, base, package)
     round_weights(model, dtype)
     known = known_tokens(source)
-    cases = [ask(tokenizer, model, processor, *question, 24, package, known) for question in default_questions()]
+    asked = default_questions(layout_of(config["image_layout"]))
+    cases = [ask(tokenizer, model, processor, question, 24, package, known) for question in asked]
     differences = [
         *different_settings(config["text_config"], model.config),
-        *different_ends(folder, model.generation_config),
+        *different_generation(folder, model.generation_config),
         *different_tokens(folder, tokenizer, package),
     ]
     if python is None:
@@ -338,13 +398,17 @@ def different_settings(text_config: dict[str, Any], trained: Any) -> Iterator[st
             yield f"text_config has {name} {text_config[name]!r}, LLaVA's model {getattr(trained, name, None)!r}"
 
 
-def different_ends(folder: Path, trained: Any) -> Iterator[str]:
-    """End tokens that are not those of LLaVA's own model."""
-    exported, own = (end_tokens(ids) for ids in (
-        read_json(folder / "generation_config.json").get("eos_token_id"), trained.eos_token_id
-    ))  # fmt: skip
+def different_generation(folder: Path, trained: Any) -> Iterator[str]:
+    """End tokens and settings of generation that are not those of LLaVA's own model."""
+    settings = read_json(folder / "generation_config.json")
+    exported, own = (end_tokens(ids) for ids in (settings.pop("eos_token_id", None), trained.eos_token_id))
     if exported != own:
         yield f"answers end in the tokens {sorted(exported)}, LLaVA's in {sorted(own)}"
+    idle = () if trained.do_sample else SAMPLING
+    of_llava = trained.to_diff_dict().keys() - {"eos_token_id", "transformers_version", "_from_model_config", *idle}
+    for name in sorted(settings.keys() | of_llava):
+        if settings.get(name) != getattr(trained, name, None):
+            yield f"generation_config.json has {name} {settings.get(name)!r}, LLaVA's {getattr(trained, name, None)!r}"
 
 
 def different_tokens(folder: Path, tokenizer: Any, package: str, count: int = 1000) -> Iterator[str]:
@@ -357,7 +421,9 @@ def different_tokens(folder: Path, tokenizer: Any, package: str, count: int = 10
     generator = random.Random(0)
     # The exported tokenizer knows one rule for what follows a special token; the card says where LLaVA's is another.
     has_other_rule = getattr(tokenizer, "legacy", None) is False
-    words = WORDS if has_other_rule else [*WORDS, *tokenizer.all_special_tokens]
+    # LLaVA's loader adds `<im_patch>`, with a random row, to a checkpoint that does not say whether it has one.
+    added = tokenizer.get_added_vocab().keys() - {"<im_patch>"}
+    words = WORDS if has_other_rule else [*WORDS, *tokenizer.all_special_tokens, *sorted(added)]
     for _ in range(count):
         picked = generator.choices(words, k=12)
         prompt = "A chat. USER: " + "".join(word + " " * generator.randrange(2) for word in picked)

@@ -7,6 +7,7 @@ resize with another library. This one needs PIL and NumPy alone, and travels in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Optional, TypedDict
 
 import numpy as np
@@ -16,7 +17,16 @@ from transformers import BatchFeature, ImageProcessingMixin
 
 from llava_projectors import slicing
 from llava_projectors.serving.hook import NOT_STOCK, STOCK_NAMES
-from llava_projectors.serving.layout import AnyResolution, Layout, OneTile, Size, layout_of, rows_of
+from llava_projectors.serving.layout import (
+    AnyResolution,
+    Layout,
+    OneTile,
+    Size,
+    Slices,
+    layout_of,
+    row_of_video,
+    rows_of,
+)
 
 
 class _NoSettings(TypedDict):
@@ -85,30 +95,63 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
         """See `preprocess`."""
         return self.preprocess(images, return_tensors, **kwargs)
 
-    def preprocess(self, images: Any, return_tensors: Any = None, **_: Any) -> Any:
+    def preprocess(
+        self,
+        images: Any,
+        return_tensors: Any = None,
+        image_aspect_ratio: Optional[str] = None,
+        whole: Any = (),
+        videos: Any = None,
+        **_: Any,
+    ) -> Any:
         """Pictures -> `pixel_values` [tiles, 3, side, side], all tiles of the first picture first.
 
-        Where their number depends on the picture, `image_sizes` [tiles, 3] has `layout.rows_of`.
+        Where their number depends on the picture, `image_sizes` [tiles, 3] has the `layout.Row` of each tile's.
 
         Args:
             images: a picture or lists of them: PIL, or uint8 [height, width, 3] or [3, height, width].
             return_tensors: as in transformers.
+            image_aspect_ratio: `pad`, where pictures are cut by `anyres`: each is padded to a square and seen
+                whole, as LLaVA-NeXT trains several pictures of a prompt.
+            whole: for each picture, whether it is seen whole.
+            videos: videos in the place of pictures: each a list of frames, or an array of them.
+
+        Raises:
+            ValueError: another aspect ratio, or videos where none were trained.
         """
         layout = self.layout
+        if videos is not None:
+            return self._videos([[to_picture(frame) for frame in flat(video)] for video in videos], return_tensors)
         pictures = [to_picture(image) for image in flat(images)]
-        tiles = [tile for picture in pictures for tile in self.to_tiles(picture, layout)]
-        data: dict[str, Any] = {"pixel_values": np.stack(tiles)}
+        flags = list(whole) or seen_whole(layout, [1] * len(pictures), image_aspect_ratio)
+        cut = [self.to_tiles(picture, layout, flag) for picture, flag in zip(pictures, flags)]
+        data: dict[str, Any] = {"pixel_values": np.stack([tile for tiles in cut for tile in tiles])}
         if not isinstance(layout, OneTile):
-            data["image_sizes"] = np.array(rows_of(layout, [size_of(picture) for picture in pictures]))
+            rows = rows_of(layout, [size_of(picture) for picture in pictures], flags)
+            data["image_sizes"] = np.array([row for row in rows for _ in range(row[2])])
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def to_tiles(self, picture: Image.Image, layout: Layout) -> list[Any]:
-        """A picture in RGB -> its tiles, arrays float32 [3, side, side]."""
+    def _videos(self, videos: list[list[Image.Image]], return_tensors: Any) -> Any:
+        if self.layout.video is None:
+            raise ValueError("this model was not trained on videos: pass their frames as pictures")
+        rows = [row_of_video(len(frames)) for frames in videos for _ in frames]
+        pixels = np.stack([self.to_pixels(frame) for frames in videos for frame in frames])
+        return BatchFeature({"pixel_values": pixels, "image_sizes": np.array(rows)}, tensor_type=return_tensors)
+
+    def to_tiles(self, picture: Image.Image, layout: Layout, whole: bool = False) -> list[Any]:
+        """A picture in RGB -> its tiles, arrays float32 [3, side, side]; seen whole it has one."""
         if isinstance(layout, OneTile):
             return [self.to_pixels(to_square(picture, self._background()) if layout.pad else picture)]
-        if isinstance(layout, AnyResolution):
-            squeezed = picture.resize((self.tile_side, self.tile_side))
-            return [self.to_pixels(tile) for tile in [squeezed, *any_resolution_tiles(picture, layout)]]
+        if isinstance(layout, Slices):
+            tiles = self._slices(picture, layout)
+            return tiles[-1:] if whole else tiles
+        if whole:
+            return [self.to_pixels(to_square(picture, self._background()))]
+        side = self.shortest_edge or self.tile_side
+        squeezed = picture.resize((side, side))
+        return [self.to_pixels(tile) for tile in [squeezed, *any_resolution_tiles(picture, layout)]]
+
+    def _slices(self, picture: Image.Image, layout: Slices) -> list[Any]:
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255.0).contiguous()
         canvas = slicing.to_canvas((pixels - mean) / std, layout.grid(size_of(picture)), self.tile_side)
@@ -142,6 +185,26 @@ def flat(images: Any) -> list[Any]:
         return [picture for image in images for picture in flat(image)]
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     return list(images) if is_batch else [images]
+
+
+def seen_whole(layout: Layout, places: Sequence[int], image_aspect_ratio: Optional[str] = None) -> list[bool]:
+    """For each picture, whether it is seen whole.
+
+    Args:
+        layout: of every picture.
+        places: how many pictures each prompt has.
+        image_aspect_ratio: see `LlavaProjectorsImageProcessor.preprocess`.
+
+    Raises:
+        ValueError: another aspect ratio than `pad`, or for another layout.
+    """
+    if image_aspect_ratio is not None and (image_aspect_ratio != "pad" or not isinstance(layout, AnyResolution)):
+        raise ValueError(
+            f"image_aspect_ratio {image_aspect_ratio!r}: a call may ask for 'pad' where the folder has anyres; its "
+            f"image_layout is {layout.kind!r}"
+        )
+    are_cut = image_aspect_ratio is None
+    return [not (are_cut and (layout.cuts_several or count == 1)) for count in places for _ in range(count)]
 
 
 def size_of(picture: Image.Image) -> Size:

@@ -1,7 +1,8 @@
 """How the visual tokens of a picture lie in the LLM's input, as LLaVA lays them: numbers and tensors only.
 
 An exported folder says it as `image_layout`, in its config for the model, and in that of its image
-processor, which counts and cuts. A picture becomes tiles [3, side, side], a tile tokens [M, D].
+processor, which counts and cuts. A picture becomes tiles [3, side, side], a tile tokens [M, D]. A picture of
+one tile is seen whole; the frames of a video have one tile each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,57 @@ import torch.nn.functional as F
 from llava_projectors import slicing
 
 Size = tuple[int, int]  # of a picture: height, width
+Row = tuple[int, int, int]  # of a picture: height, width, tiles; of a video: 0, 0, frames
+
+
+@dataclass(frozen=True)
+class Frames:
+    """LLaVA-NeXT's layout of a video: the tokens of each frame are pooled by 2, in both directions.
+
+    Attributes:
+        token_side: side of a frame's grid of tokens, before it is pooled.
+        pool: `mm_spatial_pool_mode`: `bilinear`, which rounds up, or `average` or `max`, which round down.
+        newline_position: where `image_newline` stands: behind each row (`grid`) or frame (`frame`), at the end
+            (`one_token`), nowhere (`no_token`).
+    """
+
+    token_side: int
+    pool: str
+    newline_position: str
+
+    @property
+    def side(self) -> int:
+        """Of a frame's pooled grid."""
+        return (self.token_side + (self.pool == "bilinear")) // 2
+
+    def positions(self, frames: int) -> int:
+        """Positions that a video takes in the LLM."""
+        behind_frame = {"grid": self.side, "frame": 1}.get(self.newline_position, 0)
+        return frames * (self.side**2 + behind_frame) + (self.newline_position == "one_token")
+
+    def pack(self, tokens: torch.Tensor, newline: Optional[torch.Tensor]) -> torch.Tensor:
+        """Tokens [frames, M, D] of a video -> [positions, D]; `newline` [D], where it stands anywhere."""
+        grid = tokens.unflatten(1, (self.token_side, self.token_side)).permute(0, 3, 1, 2)
+        pooled = self._pooled(grid).permute(0, 2, 3, 1)  # [frames, side, side, D]
+        if newline is None or self.newline_position == "no_token":
+            return pooled.flatten(0, 2)
+        newline = newline.to(tokens)
+        if self.newline_position == "grid":
+            return _ended(pooled, newline).flatten(0, 2)
+        if self.newline_position == "frame":
+            return _ended(pooled.flatten(1, 2), newline).flatten(0, 1)
+        return _ended(pooled.flatten(0, 2), newline)
+
+    def _pooled(self, grid: torch.Tensor) -> torch.Tensor:
+        """[frames, D, side, side] before and after."""
+        if self.pool == "bilinear":
+            return F.interpolate(grid, (self.side, self.side), mode="bilinear")
+        return F.avg_pool2d(grid, 2) if self.pool == "average" else F.max_pool2d(grid, 2)
+
+
+def _ended(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+    """[..., positions, D] with `newline` [D] behind the last position: [..., positions + 1, D]."""
+    return torch.cat([tokens, newline.expand(*tokens.shape[:-2], 1, -1)], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -28,12 +80,15 @@ class OneTile:
         token_side: side of a tile's grid of tokens.
         pad: whether it is padded to a square first; else its middle is cut out, or it is squeezed.
         newline: whether `image_newline` follows, as LLaVA-NeXT has it.
+        video: of videos, where they were trained.
     """
 
     kind: ClassVar[str] = "one_tile"
     token_side: int
     pad: bool = False
     newline: bool = False
+    video: Optional[Frames] = None
+    cuts_several: ClassVar[bool] = True
 
     def tile_count(self, size: Size) -> int:
         """Tiles of a picture."""
@@ -41,11 +96,16 @@ class OneTile:
 
     def positions(self, size: Size) -> int:
         """Positions that a picture takes in the LLM."""
+        return self.whole_positions
+
+    @property
+    def whole_positions(self) -> int:
+        """Positions of a picture that is seen whole."""
         return self.token_side**2 + self.newline
 
     def pack(self, tokens: torch.Tensor, size: Size, newline: Optional[torch.Tensor]) -> torch.Tensor:
         """Tokens [tiles, M, D] of a picture -> [positions, D]; `newline` [D]."""
-        return tokens[0] if newline is None else torch.cat([tokens[0], newline[None].to(tokens)])
+        return tokens[0] if newline is None else _ended(tokens[0], newline.to(tokens))
 
     def largest_size(self) -> Size:
         """A picture with the most positions."""
@@ -61,6 +121,9 @@ class Slices:
         tile_side: side of a tile, in pixels.
         patch_num: most tiles, the thumbnail aside.
         separators: ids of "," and the newline, whose embeddings stand behind each tile.
+        cuts_several: whether several pictures of a prompt are cut too; LLaVA-NeXT cuts a single one, and sees
+            several whole.
+        video: of videos, where they were trained.
     """
 
     kind: ClassVar[str] = "slice"
@@ -68,6 +131,8 @@ class Slices:
     tile_side: int
     patch_num: int
     separators: tuple[int, int]
+    cuts_several: bool = True
+    video: Optional[Frames] = None
     newline: ClassVar[bool] = False
 
     def grid(self, size: Size) -> slicing.Grid:
@@ -82,10 +147,15 @@ class Slices:
         """Positions that a picture takes in the LLM."""
         return slicing.visual_tokens(self.grid(size), self.token_side**2)
 
+    @property
+    def whole_positions(self) -> int:
+        """Positions of a picture that is seen whole."""
+        return slicing.visual_tokens((1, 1), self.token_side**2)
+
     def pack(self, tokens: torch.Tensor, size: Size, separators: Optional[torch.Tensor]) -> torch.Tensor:
         """Tokens [tiles, M, D] of a picture -> [positions, D]; `separators` [2, D]: the embeddings of their ids."""
         assert separators is not None
-        ends = [int(ends) for ends in slicing.ends_line(self.grid(size))]
+        ends = [int(ends) for ends in slicing.ends_line(self.grid(size) if len(tokens) > 1 else (1, 1))]
         return torch.cat([tokens, separators[ends][:, None].to(tokens)], dim=1).flatten(0, 1)
 
     def largest_size(self) -> Size:
@@ -105,6 +175,7 @@ class AnyResolution:
         merge: `mm_patch_merge_type`: `flat` (tile by tile), `spatial` (row by row), `spatial_unpad` (row by row
             without what covers padding, `image_newline` behind each row).
         most_tiles: N of `anyres_max_N`: with more, tokens are interpolated to as many as N tiles have.
+        video: of videos, where they were trained.
     """
 
     kind: ClassVar[str] = "anyres"
@@ -113,6 +184,8 @@ class AnyResolution:
     resolutions: tuple[tuple[int, int], ...]
     merge: str = "flat"
     most_tiles: Optional[int] = None
+    video: Optional[Frames] = None
+    cuts_several: ClassVar[bool] = True
 
     @property
     def newline(self) -> bool:
@@ -149,6 +222,11 @@ class AnyResolution:
         height, width = self._kept(size)[2]
         return base + height * (width + 1)
 
+    @property
+    def whole_positions(self) -> int:
+        """Positions of a picture that is seen whole."""
+        return self.token_side**2 + self.newline
+
     def _kept(self, size: Size) -> tuple[slice, slice, tuple[int, int]]:
         """The rows and columns of tokens that cover the picture, and the grid that they are interpolated to."""
         rows, columns = self.grid(size)
@@ -168,7 +246,9 @@ class AnyResolution:
 
     def pack(self, tokens: torch.Tensor, size: Size, newline: Optional[torch.Tensor]) -> torch.Tensor:
         """Tokens [tiles, M, D] of a picture -> [positions, D]; `newline` [D]."""
-        if self.merge == "flat":
+        if len(tokens) == 1 and newline is not None:
+            return _ended(tokens[0], newline.to(tokens))
+        if self.merge == "flat" or len(tokens) == 1:
             return tokens.flatten(0, 1)
         rows, columns = self.grid(size)
         side = self.token_side
@@ -180,8 +260,7 @@ class AnyResolution:
         grid = grid[down, across]
         if grid.shape[:2] != shape:
             grid = F.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(1, 2, 0)
-        ends = newline.to(tokens).expand(grid.shape[0], 1, -1)
-        return torch.cat([base, torch.cat([grid, ends], dim=1).flatten(0, 1)])
+        return torch.cat([base, _ended(grid, newline.to(tokens)).flatten(0, 1)])
 
     @cache  # noqa: B019 (it is a value)
     def largest_size(self) -> Size:
@@ -208,6 +287,8 @@ def as_settings(layout: Layout) -> dict[str, Any]:
 def layout_of(settings: Mapping[str, Any]) -> Layout:
     """The layout that a config describes."""
     values = {name: _as_tuples(value) for name, value in settings.items() if name != "kind"}
+    if values.get("video") is not None:
+        values["video"] = Frames(**values["video"])
     layout: Layout = KINDS[settings["kind"]](**values)
     return layout
 
@@ -216,24 +297,41 @@ def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(one) for one in value) if isinstance(value, (list, tuple)) else value
 
 
-def rows_of(layout: Layout, sizes: Sequence[Size]) -> list[tuple[int, int, int]]:
-    """What stands beside each tile: height and width of its picture, and how many tiles that has.
+def rows_of(layout: Layout, sizes: Sequence[Size], whole: Sequence[bool]) -> list[Row]:
+    """A row for each picture.
 
-    One row a tile, so that whoever splits a batch of tiles by pictures splits these alike.
+    Args:
+        layout: of every picture.
+        sizes: of the pictures.
+        whole: whether each is seen whole.
     """
-    counts = [layout.tile_count(size) for size in sizes]
-    return [(*size, count) for size, count in zip(sizes, counts) for _ in range(count)]
+    return [(*size, 1 if is_whole else layout.tile_count(size)) for size, is_whole in zip(sizes, whole)]
+
+
+def row_of_video(frames: int) -> Row:
+    """A row for a video."""
+    return 0, 0, frames
+
+
+def positions_of(layout: Layout, row: Row) -> int:
+    """Positions that a picture, or a video, takes in the LLM."""
+    height, width, count = row
+    if not height:
+        assert layout.video is not None
+        return layout.video.positions(count)
+    return layout.whole_positions if count == 1 else layout.positions((height, width))
 
 
 def pack_pictures(
     layout: Layout, tokens: Sequence[torch.Tensor], rows: Any, extra: Optional[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The tokens of all tiles, [M, D] each -> for each picture [positions, D].
+    """The tokens of all tiles, [M, D] each -> for each picture or video [positions, D].
 
     Args:
         layout: of every picture.
         tokens: of each tile of each picture.
-        rows: [tiles, 3], see `rows_of`; without them every tile is a picture.
+        rows: [tiles, 3], each tile with the row of its picture, so that whoever splits a batch of tiles by
+            pictures splits these alike; without them every tile is a picture.
         extra: the embeddings that `pack` takes beside the tokens.
     """
     if rows is None:
@@ -241,6 +339,11 @@ def pack_pictures(
     packed, start = [], 0
     while start < len(tokens):
         height, width, count = (int(value) for value in rows[start])
-        packed.append(layout.pack(torch.stack(list(tokens[start : start + count])), (height, width), extra))
+        tiles = torch.stack(list(tokens[start : start + count]))
+        if height:
+            packed.append(layout.pack(tiles, (height, width), extra))
+        else:
+            assert layout.video is not None
+            packed.append(layout.video.pack(tiles, extra if layout.newline else None))
         start += count
     return packed

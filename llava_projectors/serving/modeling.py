@@ -96,12 +96,12 @@ class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, *args: Any, image_sizes: Any = None, **kwargs: Any) -> Any:
-        """As in transformers: for each picture its tokens as the LLM gets them, [positions, D].
+        """As in transformers: for each picture or video its tokens as the LLM gets them, [positions, D].
 
         Args:
             pixel_values: of all tiles, [T, 3, side, side].
             args: as in transformers.
-            image_sizes: [T, 3] of the image processor, where the layout depends on the picture.
+            image_sizes: [T, 3] of the image processor, where the layout depends on the picture, and for videos.
             kwargs: as in transformers.
         """
         parent: Any = super()

@@ -9,8 +9,14 @@ from typing import Any, Optional
 from transformers import AutoTokenizer, BatchFeature, LlavaProcessor
 
 from llava_projectors.serving.hook import PROCESSOR_AUTO_MAP, STOCK_NAMES
-from llava_projectors.serving.image_processing import LlavaProjectorsImageProcessor, flat, size_of, to_picture
-from llava_projectors.serving.layout import Size
+from llava_projectors.serving.image_processing import (
+    LlavaProjectorsImageProcessor,
+    flat,
+    seen_whole,
+    size_of,
+    to_picture,
+)
+from llava_projectors.serving.layout import Row, Size, positions_of, row_of_video, rows_of
 
 
 class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
@@ -44,49 +50,70 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
 
         Args:
             images: see `LlavaProjectorsImageProcessor.preprocess`; text with an address is fetched.
-            text: a prompt or a list of them, with `<image>` where a picture stands.
-            videos: refused.
+            text: a prompt or a list of them, with `<image>` where a picture or a video stands.
+            videos: in the place of pictures: each a list of its frames, or an array of them.
             audio: refused.
             kwargs: of the tokenizer, `return_tensors`, `return_mm_token_type_ids` and
-                `return_text_replacement_offsets`, as in transformers.
+                `return_text_replacement_offsets`, as in transformers; `image_aspect_ratio` of the image processor.
 
         Raises:
-            ValueError: prompts with more or fewer `<image>` than there are pictures.
+            ValueError: prompts with more or fewer `<image>` than there are pictures, or pictures beside videos.
         """
-        if videos or audio:
-            raise ValueError("this model takes pictures and text: pass the frames of a video as pictures")
+        images, videos = (None if isinstance(one, (list, tuple)) and not one else one for one in (images, videos))
+        if audio or (videos is not None and images is not None):
+            raise ValueError("a call takes pictures or videos, and text")
         settings = dict(_flatten(kwargs))
         return_tensors = settings.pop("return_tensors", None)
         wants_offsets = settings.pop("return_text_replacement_offsets", False)
-        pictures = [] if images is None else [self._fetch(image) for image in flat(images)]
-        data: dict[str, Any] = dict(self.image_processor(pictures)) if pictures else {}
+        aspect = settings.pop("image_aspect_ratio", None)
+        prompts = [text] if isinstance(text, str) else list(text or ())
+        rows, data = self._visual(images, videos, prompts, aspect)
         offsets: list[list[dict[str, Any]]] = []
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
-            if pictures:
-                prompts, offsets = self._expand(prompts, [size_of(picture) for picture in pictures])
+            if rows:
+                prompts, offsets = self._expand(prompts, rows)
             data = {**self._tokens(prompts, settings), **data}
         result = BatchFeature(data, tensor_type=return_tensors)
         if wants_offsets:
             result["text_replacement_offsets"] = offsets
         return result
 
+    def _visual(
+        self, images: Any, videos: Any, prompts: list[str], aspect: Optional[str]
+    ) -> tuple[list[Row], dict[str, Any]]:
+        """A row for each picture or video, and their pixels."""
+        if videos is not None:
+            videos = [flat(video) for video in videos]
+            self._places(prompts, len(videos))
+            return [row_of_video(len(frames)) for frames in videos], dict(self.image_processor(None, videos=videos))
+        pictures = [] if images is None else [self._fetch(image) for image in flat(images)]
+        if not pictures:
+            return [], {}
+        layout = self.image_processor.layout
+        whole = seen_whole(layout, self._places(prompts, len(pictures)), aspect)
+        rows = rows_of(layout, [size_of(picture) for picture in pictures], whole)
+        return rows, dict(self.image_processor(pictures, whole=whole))
+
+    def _places(self, prompts: list[str], count: int) -> list[int]:
+        """How many pictures each prompt has; without prompts, each picture stands alone."""
+        places = [prompt.count(self.image_token) for prompt in prompts] if prompts else [1] * count
+        if sum(places) != count:
+            raise ValueError(f"the text has {sum(places)} {self.image_token} for {count} pictures")
+        return places
+
     def _fetch(self, image: Any) -> Any:
         return to_picture(self.image_processor.fetch_images(image) if isinstance(image, str) else image)
 
-    def _expand(self, prompts: list[str], sizes: Sequence[Size]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    def _expand(self, prompts: list[str], rows: Sequence[Row]) -> tuple[list[str], list[list[dict[str, Any]]]]:
         """Each `<image>` as often as its picture takes positions, and where these stand, as transformers tells it."""
         token = self.image_token
-        places = sum(prompt.count(token) for prompt in prompts)
-        if places != len(sizes):
-            raise ValueError(f"the text has {places} {token} for {len(sizes)} pictures")
-        layout, remaining = self.image_processor.layout, iter(sizes)
+        layout, remaining = self.image_processor.layout, iter(rows)
         expanded, offsets = [], []
         for prompt in prompts:
             pieces = prompt.split(token)
             result, start, entries = pieces[0], len(pieces[0]), []
             for piece in pieces[1:]:
-                replacement = token * layout.positions(next(remaining))
+                replacement = token * positions_of(layout, next(remaining))
                 entries.append({
                     "type": "image",
                     "span": (start, start + len(token)),
@@ -110,7 +137,9 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
             data["mm_token_type_ids"] = [[int(token == image) for token in row] for row in data["input_ids"]]
         return data
 
-    def _get_num_multimodal_tokens(self, image_sizes: Optional[Sequence[Size]] = None, **_: Any) -> Any:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Optional[Sequence[Size]] = None, image_aspect_ratio: Optional[str] = None, **_: Any
+    ) -> Any:
         """Positions and tiles of pictures of these heights and widths; vLLM's transformers backend asks."""
         from transformers.processing_utils import MultiModalData
 
@@ -118,9 +147,10 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
             return MultiModalData()
         layout = self.image_processor.layout
         sizes = [(int(height), int(width)) for height, width in image_sizes]
+        rows = rows_of(layout, sizes, seen_whole(layout, [1] * len(sizes), image_aspect_ratio))
         return MultiModalData(
-            num_image_tokens=[layout.positions(size) for size in sizes],
-            num_image_patches=[layout.tile_count(size) for size in sizes],
+            num_image_tokens=[positions_of(layout, row) for row in rows],
+            num_image_patches=[count for *_, count in rows],
         )
 
 

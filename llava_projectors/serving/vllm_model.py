@@ -5,7 +5,7 @@ Imported by vLLM alone, after `vllm.py` has named it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -31,6 +31,10 @@ class ProcessingInfo(LlavaProcessingInfo):  # type: ignore[misc]
     def get_hf_processor(self, **kwargs: object) -> Any:
         """This package's own."""
         return self.ctx.get_hf_processor(LlavaProjectorsProcessor, **kwargs)
+
+    def get_supported_mm_limits(self) -> dict[str, Optional[int]]:
+        """One picture, where several of a prompt are laid out otherwise: vLLM prepares each by itself."""
+        return {"image": None if self.layout().cuts_several else 1}
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """By the picture's size, as the exported layout has it."""

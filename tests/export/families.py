@@ -29,10 +29,12 @@ PACKAGE = os.environ.get("FAMILY_PACKAGE", "llava")
 if PACKAGE == "llavaction":
     transformers.utils.import_utils.is_torchvision_available()  # False; a stand-in would be taken for the real one
     sys.path.insert(0, str(Path(__file__).parents[1] / "next"))
+    os.environ.setdefault("LLAVA_NEXT_PACKAGE", PACKAGE)
     sys.meta_path.append(importlib.import_module("family").StandIns())
 SIGLIP = "google/siglip-so400m-patch14-384"
 SIGLIP_SIDE, CLIP_SIDE = 384, 336
 ONE, WIDE, TALL, SMALL = (400, 390), (900, 330), (300, 800), (60, 40)
+VIDEO = (320, 180)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +74,27 @@ LLAVA = {
             "mm_patch_merge_type": "spatial_unpad",
         },
     ),
+    "rope-dynamic": Family(
+        "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    ),
     "rope-scaling": Family(
         "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "linear", "factor": 2.0}}
     ),
 }  # fmt: skip
 NEXT = {
     "qwen2-pad": Family(
-        "qwen2", settings={"image_aspect_ratio": "pad", "mm_patch_merge_type": "spatial_unpad"}, siglip=True,
-        conversation="qwen_1_5",
+        "qwen2",
+        settings={
+            "image_aspect_ratio": "pad", "mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "average",
+            "mm_newline_position": "frame",
+        },
+        siglip=True, conversation="qwen_1_5",
     ),
     "qwen2-anyres": Family(
         "qwen2", "tokenpacker",
         {
             "image_aspect_ratio": "anyres", "image_grid_pinpoints": grid(SIGLIP_SIDE),
-            "mm_patch_merge_type": "spatial_unpad",
+            "mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "bilinear", "mm_newline_position": "grid",
         },
         siglip=True, conversation="qwen_1_5",
     ),
@@ -94,6 +103,14 @@ NEXT = {
         settings={
             "image_aspect_ratio": "anyres_max_2", "image_grid_pinpoints": grid(SIGLIP_SIDE),
             "mm_patch_merge_type": "spatial_unpad", "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter",
+            "mm_spatial_pool_mode": "max", "mm_newline_position": "one_token",
+        },
+        siglip=True, conversation="qwen_1_5",
+    ),
+    "qwen2-slice": Family(
+        "qwen2",
+        settings={
+            "image_aspect_ratio": "slice:patch_num=9", "mm_patch_merge_type": "flat", "mm_spatial_pool_mode": "bilinear"
         },
         siglip=True, conversation="qwen_1_5",
     ),
@@ -243,10 +260,17 @@ def pictures():
     return [*found[:3], found[3].convert("RGB")]
 
 
-def questions(jinja_start, jinja_end):
+def questions(jinja_start, jinja_end, family):
+    """About each picture; where the stack trains them, about a video and pictures that are padded; about two."""
     asked = [(f"{jinja_start}<image>\n{question}{jinja_end}", [picture])
              for picture in pictures() for question in (assets.QUESTION, "Which one is darker?")]  # fmt: skip
-    return [*asked, (f"{jinja_start}<image>\n<image>\nWhich one is darker?{jinja_end}", pictures()[1:3])]
+    both = (f"{jinja_start}<image>\n<image>\nWhich one is darker?{jinja_end}", pictures()[1:3])
+    if family.settings.get("mm_spatial_pool_mode"):
+        frames = [pictures()[number].resize(VIDEO) for number in (0, 2, 1)]
+        asked.append((f"{jinja_start}<image>\nWhat moves?{jinja_end}", frames, "video"))
+        if family.settings["image_aspect_ratio"].startswith("anyres"):
+            asked.append((*both, "pad"))
+    return [*asked, both]
 
 
 def prompt_parts(tokenizer_folder):
@@ -266,12 +290,13 @@ def main(root, names):
         checkpoint, tower = make_checkpoint(root, name, family)
         folder = root / "exported" / name
         export_checkpoint(str(checkpoint), folder, vision_tower=tower and str(tower))
-        cases = verify.reference(str(checkpoint), None, questions(*prompt_parts(folder)), 12, torch.float16, PACKAGE)
+        asked = questions(*prompt_parts(folder), family)
+        cases = verify.reference(str(checkpoint), None, asked, 12, torch.float16, PACKAGE)
         compare.save_cases(cases, folder.with_suffix(".pt"))
         print(name, [len(case["logits"]) for case in cases], [case["text"][:12] for case in cases[:3]], flush=True)
         for case, result in zip(cases, verify.compare_on_this_stack(folder, cases)):
             found = [result[key] for key in ("positions", "logits", "pixels", "same_ids", "same_answer")]
-            print("   ", len(case["images"]), json.dumps(found), flush=True)
+            print("   ", len(case["images"]), case["given_as"], json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ that its answers depend on every number before them.
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,10 +18,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_projectors import build_projector
 from llava_projectors.export import compare, verify
 from llava_projectors.export.convert import export_checkpoint
+from llava_projectors.export.start import start
 from llava_projectors.tiny import assets, train
 
 TRAINED = ("saep", "tokenpacker")
@@ -112,6 +115,22 @@ def questions(images):
     return [*asked, (PROMPT.format(f"<image>\n<image>\n{QUESTIONS[0]}"), pictures[:2])]
 
 
+def make_started(root):
+    """A new projector in a model of transformers' own LLaVA, in `started`; nobody has trained it."""
+    exported, stock = root / "exported" / "saep", root / "stock"
+    settings = json.loads((exported / "config.json").read_text())
+    tower, llm = CLIPVisionConfig.from_pretrained(root / "clip"), LlamaConfig(**settings["text_config"])
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(tower, llm, image_token_index=settings["image_token_index"]))
+    for parameter in model.language_model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=3 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(stock)
+    for file in [*exported.glob("*token*"), root / "clip" / "preprocessor_config.json"]:
+        shutil.copyfile(file, stock / file.name)
+    start(str(stock), root / "started" / "saep", "saep")
+
+
 def main(root, types):
     root.mkdir(parents=True, exist_ok=True)
     data = assets.make_dataset(root / "data", num_scenes=6)
@@ -129,9 +148,10 @@ def main(root, types):
             checkpoint = swap_projector(root / "llava-saep", root / f"llava-{name}", projector_type)
         folder = root / "exported" / folder_name(projector_type)
         export_checkpoint(str(checkpoint), folder, dtype="float16")
-        cases = verify.reference(str(checkpoint), None, asked)
+        cases = verify.reference(str(checkpoint), None, asked, dtype=torch.float16)
         compare.save_cases(cases, folder.with_suffix(".pt"))
         print(projector_type, "->", folder, flush=True)
+    make_started(root)
 
 
 if __name__ == "__main__":

@@ -447,7 +447,7 @@ def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, 
         ),
         (
             {"image_aspect_ratio": "highres"},
-            "image_aspect_ratio 'highres': pad, square, slice, anyres and anyres_max_N",
+            "image_aspect_ratio 'highres': pad, square, slice and anyres",
         ),
         ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "mm_patch_merge_type 'spatial_maxpool2x2': flat, spatial,"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch', not 'patch'"),

@@ -1,5 +1,7 @@
 """Layouts of pictures against LLaVA's own code, and whole families of checkpoints against their own stack."""
 
+import dataclasses
+import json
 import random
 
 import families
@@ -8,7 +10,18 @@ import torch
 
 from llava_projectors.export import verify
 from llava_projectors.export.convert import export_checkpoint
-from llava_projectors.serving.layout import AnyResolution, OneTile, Slices, as_settings, layout_of, rows_of
+from llava_projectors.serving.layout import (
+    AnyResolution,
+    Frames,
+    OneTile,
+    Slices,
+    as_settings,
+    layout_of,
+    pack_pictures,
+    positions_of,
+    row_of_video,
+    rows_of,
+)
 
 PINPOINTS = tuple((336 * x, 336 * y) for x, y in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
 LAYOUTS = [
@@ -33,13 +46,38 @@ def test_as_many_positions_are_packed_as_are_counted(layout):
         packed = layout.pack(tokens, size, extra)
         assert packed.shape == (layout.positions(size), 4)
         assert layout.positions(size) <= layout.positions(layout.largest_size())
-        rows = rows_of(layout, [size])
-        assert rows == [(*size, len(tokens))] * len(tokens)
+        (row,) = rows_of(layout, [size], [False])
+        assert row == (*size, len(tokens))
+        assert positions_of(layout, row) == layout.positions(size)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}-{getattr(layout, 'merge', '')}")
-def test_a_config_gives_the_layout_back(layout):
-    assert layout_of(as_settings(layout)) == layout
+def test_a_picture_that_is_seen_whole_takes_one_tile(layout):
+    extra = {Slices.kind: torch.ones(2, 4)}.get(layout.kind, torch.ones(4) if layout.newline else None)
+    (row,) = rows_of(layout, [(1000, 300)], [True])
+    assert row == (1000, 300, 1)
+    (packed,) = pack_pictures(layout, torch.zeros(1, 36, 4), [row], extra)
+    assert packed.shape == (positions_of(layout, row), 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.kind}-{getattr(layout, 'merge', '')}")
+@pytest.mark.parametrize("video", [None, Frames(6, "max", "grid")])
+def test_a_config_gives_the_layout_back(layout, video):
+    layout = dataclasses.replace(layout, video=video)
+    assert layout_of(json.loads(json.dumps(as_settings(layout)))) == layout
+
+
+@pytest.mark.parametrize("position", ["grid", "frame", "one_token", "no_token"])
+@pytest.mark.parametrize("pool", ["bilinear", "average", "max"])
+@pytest.mark.parametrize("side", [6, 7])
+def test_videos_of_several_lengths_are_packed_as_they_are_counted(side, pool, position):
+    layout = OneTile(side, newline=position != "no_token", video=Frames(side, pool, position))
+    rows = [row_of_video(3), (5, 5, 1), row_of_video(2)]
+    spread = [row for row in rows for _ in range(row[2])]
+    packed = pack_pictures(layout, torch.zeros(6, side**2, 4), spread, torch.ones(4) if layout.newline else None)
+    assert [len(tokens) for tokens in packed] == [positions_of(layout, row) for row in rows]
+    newlines = {"grid": 3 * layout.video.side, "frame": 3, "one_token": 1, "no_token": 0}
+    assert int(packed[0].sum()) == 4 * newlines[position]
 
 
 def test_resolutions_are_llavas():
@@ -62,7 +100,7 @@ def test_a_family_is_what_its_own_stack_says(root, name):
     checkpoint, _ = families.make_checkpoint(root, name, family)
     folder = root / "exported" / name
     export_checkpoint(str(checkpoint), folder, dtype="float32")
-    asked = families.questions(*families.prompt_parts(folder))[::2]
+    asked = families.questions(*families.prompt_parts(folder), family)[::2]
     cases = verify.reference(str(checkpoint), None, asked, 6)
     found = verify.compare_on_this_stack(folder, cases)
     differences = [line for case, result in zip(cases, found) for line in verify.different_answers(case, result)]

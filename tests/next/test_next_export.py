@@ -11,12 +11,17 @@ from transformers import PreTrainedTokenizerFast
 from llava_projectors.export import verify
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.templates import TEMPLATES
+from llava_projectors.serving.layout import layout_of
 
 UNPAD = {"mm_patch_merge_type": "spatial_unpad"}
+VIDEO = {"image_aspect_ratio": "pad", **UNPAD}
 SETTINGS = {
     "pad": {"image_aspect_ratio": "pad", **UNPAD},
     "anyres": {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"},
     "anyres-max": {"image_aspect_ratio": "anyres_max_2", **UNPAD},
+    "slice": {"image_aspect_ratio": "slice:patch_num=9", "mm_patch_merge_type": "flat"},
+    "video-grid": {**VIDEO, "mm_newline_position": "grid", "mm_spatial_pool_mode": "average"},
+    "video-frame": {**VIDEO, "mm_newline_position": "frame", "mm_spatial_pool_mode": "max"},
     "trained-tower": {"image_aspect_ratio": "pad", "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
 }
 
@@ -52,8 +57,11 @@ def export(tower, build, tmp_path):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_is_what_the_family_says(export, name):
-    """Settings, 1,000 prompts' tokens, pixels, positions, logits, answers and their ends."""
+    """Settings, tokens, pixels, positions, logits, answers and their ends, of pictures, several of them, a video."""
     source, folder = export(**SETTINGS[name])
+    layout = layout_of(json.loads((folder / "config.json").read_text())["image_layout"])
+    asked = [question.given_as for question in verify.default_questions(layout)]
+    assert asked == ["pictures"] * 3 + (["pad"] if "anyres" in name else []) + ["video"]
     assert verify.verify(folder, str(source), None, package=family.PACKAGE) == []
 
 
