@@ -27,7 +27,7 @@ LLaVA with the projector `{type_string}` of llava-projectors: \
 | projector | `{type_string}`, options {options} |
 | hidden states of the vision tower | {layers} of {depth} |
 | LLM | {llm}, width {width} |
-| conversation | `{conversation}` (`chat_template.jinja`) |
+| conversation | {conversation} |
 | dtype | {dtype} |
 | exported with | llava-projectors {version} |
 | licence | that of the LLM and the training data, which this export does not know: ask where `{origin}` came from. \
@@ -50,10 +50,10 @@ inputs = processor(images=image, text=prompt, return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-vLLM; the second template adds the start token, which vLLM leaves out of chats:
+vLLM{second_template}:
 
 ```bash
-vllm serve {name} {flag}--chat-template {name}/chat_template_vllm.jinja
+vllm serve {name}{code_flag}{template_flag}
 ```
 {spaces}{travels}"""
 
@@ -79,7 +79,7 @@ def model_card(
     source: str,
     base: Optional[str],
     name: str,
-    conversation: str,
+    conversation: Optional[str],
     travels_not: Optional[str],
     spaces_differ: bool,
 ) -> str:
@@ -90,7 +90,7 @@ def model_card(
         source: the checkpoint, as the user gave it.
         base: its base, likewise.
         name: of the folder.
-        conversation: the template's name.
+        conversation: the template's name; None where the folder has the source's own and no second one for vLLM.
         travels_not: why the projector's code is not in the folder, or None.
         spaces_differ: see `tokenizer.spaces_differ`.
     """
@@ -110,12 +110,29 @@ def model_card(
         depth=vision["num_hidden_layers"],
         llm=text["architectures"][0],
         width=text["hidden_size"],
-        conversation=conversation,
         dtype=config["torch_dtype"],
         version=config["llava_projectors_version"],
-        needs=" (where llava-projectors is installed, leave `trust_remote_code` out)" if not travels_not else "",
-        trust=not travels_not,
-        flag="" if travels_not else "--trust-remote-code ",
         spaces=SPACES if spaces_differ else "",
-        travels=TRAVELS_NOT.format(reason=travels_not, type_string=config["mm_projector_type"]) if travels_not else "",
+        **_conversation(name, conversation),
+        **_code(config["mm_projector_type"], travels_not),
     )
+
+
+def _conversation(name: str, conversation: Optional[str]) -> dict[str, str]:
+    """What the card says of chats."""
+    if conversation is None:
+        return {"conversation": "the source's own", "second_template": "", "template_flag": ""}
+    return {
+        "conversation": f"`{conversation}` (`chat_template.jinja`)",
+        "second_template": "; the second template adds the start token, which vLLM leaves out of chats",
+        "template_flag": f" --chat-template {name}/chat_template_vllm.jinja",
+    }
+
+
+def _code(type_string: str, travels_not: Optional[str]) -> dict[str, Any]:
+    """What the card says of the projector's code."""
+    if travels_not:
+        travels = TRAVELS_NOT.format(reason=travels_not, type_string=type_string)
+        return {"needs": "", "trust": False, "code_flag": "", "travels": travels}
+    needs = " (where llava-projectors is installed, leave `trust_remote_code` out)"
+    return {"needs": needs, "trust": True, "code_flag": " --trust-remote-code", "travels": ""}

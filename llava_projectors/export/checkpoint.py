@@ -6,7 +6,7 @@ Nothing is loaded: a `Weight` knows its shape and reads itself, LoRA merged, whe
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +17,11 @@ from llava_projectors import files
 from llava_projectors.export.errors import ExportError
 from llava_projectors.files import StoredTensor, stored_tensors
 
+# What an adapter may ask for beyond `lora_alpha / r`, each of which is merged in another way.
+OTHER_MERGES = (
+    "use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+)  # fmt: skip
 # Buffers that old versions of transformers saved.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
@@ -83,7 +88,26 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
     adapters = [name for name in ("mm_projector.bin", "adapter_config.json") if (source / name).is_file()]
     _refuse_half_adapter(source, adapters)
     config = files.read_config(source)
+    _refuse_wrong_base(source, adapters, base)
+    tensors = dict(files.checkpoint_tensors(source if base is None else base))
+    deltas: dict[str, LoraDelta] = {}
+    if base is not None and "adapter_config.json" in adapters:
+        tensors.update(_plain_names(stored_tensors(source / "non_lora_trainables.bin")))
+        deltas = _lora_deltas(source, tensors)
+    elif base is not None:
+        tensors.update(_plain_names(stored_tensors(source / "mm_projector.bin")))
+    weights = {name: Weight(stored, deltas.get(name)) for name, stored in tensors.items() if not IGNORED.search(name)}
+    return Checkpoint(source, config, weights, source if base is None else base)
+
+
+def _refuse_wrong_base(source: Path, adapters: Sequence[str], base: Optional[Path]) -> None:
+    """Raise unless a folder is a full checkpoint without a base, or an adapter with one."""
     has_own = files.has_weights(source)
+    if has_own and "adapter_config.json" in adapters:
+        raise ExportError(
+            f"{source} holds a full checkpoint and adapter_config.json, by which transformers would load the base that "
+            "it names in the checkpoint's place: move one of them away"
+        )
     if has_own and base is not None:
         raise ExportError(f"{source} is a full checkpoint: leave --model-base {base} out")
     if not has_own and base is None and adapters:
@@ -95,27 +119,17 @@ def read_checkpoint(source: Path, base: Optional[Path] = None) -> Checkpoint:
             f"{source} holds the parts that DeepSpeed resumes from, and no weights: run `python zero_to_fp32.py . "
             "pytorch_model.bin` in it first"
         )
-    tensors = dict(files.checkpoint_tensors(source if base is None else base))
-    deltas: dict[str, LoraDelta] = {}
-    if base is not None:
-        if "adapter_config.json" in adapters:
-            tensors.update(_plain_names(stored_tensors(source / "non_lora_trainables.bin")))
-            deltas = _lora_deltas(source, tensors)
-        elif "mm_projector.bin" in adapters:
-            tensors.update(_plain_names(stored_tensors(source / "mm_projector.bin")))
-        else:
-            raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
-    weights = {name: Weight(stored, deltas.get(name)) for name, stored in tensors.items() if not IGNORED.search(name)}
-    return Checkpoint(source, config, weights, source if base is None else base)
+    if base is not None and not adapters:
+        raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
 
 
 def _refuse_half_adapter(source: Path, adapters: Collection[str]) -> None:
     """Raise for what peft saves within a LoRA run: the adapter, without the projector."""
     if "adapter_config.json" in adapters and not (source / "non_lora_trainables.bin").is_file():
         raise ExportError(
-            f"{source} has a LoRA adapter and no non_lora_trainables.bin, in which the projector is. The checkpoint-N "
-            "folders of a run lack it; LLaVA's script writes it when the run has ended, into the folder above: export "
-            "that one"
+            f"{source} has a LoRA adapter and no non_lora_trainables.bin, in which the projector is. A checkpoint-N of "
+            "before llava_projectors 0.2.0 lacks it; LLaVA's script writes it when the run has ended, into the folder "
+            "above: export that one"
         )
 
 
@@ -134,28 +148,37 @@ def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
     Raises:
         ExportError: a kind of adapter that would be merged in another way.
     """
-    settings = files.read_json(source / "adapter_config.json")
-    strange = [
-        f"{name}={settings[name]}"
-        for name in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
-        if settings.get(name)
-    ]
-    if settings.get("peft_type") != "LORA" or strange:
-        raise ExportError(
-            f"{source / 'adapter_config.json'} asks for {', '.join(strange) or settings.get('peft_type')}, which "
-            "LLaVA's scripts do not train; merge it with peft and export the merged checkpoint"
-        )
-    name = next((n for n in ("adapter_model.safetensors", "adapter_model.bin") if (source / n).is_file()), None)
-    if name is None:
+    scale = _lora_scale(source / "adapter_config.json")
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    path = next((source / name for name in names if (source / name).is_file()), None)
+    if path is None:
         raise ExportError(f"{source} has adapter_config.json and no adapter_model.bin: copy it whole")
     parts: dict[str, dict[str, StoredTensor]] = {}
-    for key, stored in stored_tensors(source / name).items():
+    for key, stored in stored_tensors(path).items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
         if found is None:
-            raise ExportError(f"{source / name} holds {key!r}, which is no LoRA weight")
+            raise ExportError(f"{path} holds {key!r}, which is no LoRA weight")
         parts.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
-    scale = settings["lora_alpha"] / settings["r"]
     for weight, pair in parts.items():
         if weight not in tensors or pair.keys() != {"A", "B"}:
-            raise ExportError(f"{source / name} does not fit its base: {weight} has no match for {', '.join(pair)}")
+            raise ExportError(f"{path} does not fit its base: {weight} has no match for {', '.join(pair)}")
     return {weight: LoraDelta(pair["A"], pair["B"], scale) for weight, pair in parts.items()}
+
+
+def _lora_scale(path: Path) -> float:
+    """By what the product of an adapter's weights is multiplied.
+
+    Raises:
+        ExportError: a kind of adapter that would be merged in another way.
+    """
+    settings = files.read_json(path)
+    strange = [f"{name}={settings[name]}" for name in OTHER_MERGES if settings.get(name)]
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start != "gaussian":  # they change the base's own weights
+        strange.append(f"init_lora_weights={start}")
+    if settings.get("peft_type") != "LORA" or strange:
+        raise ExportError(
+            f"{path} asks for {', '.join(strange) or settings.get('peft_type')}, which LLaVA's scripts do not train; "
+            "merge it with peft and export the merged checkpoint"
+        )
+    return float(settings["lora_alpha"] / settings["r"])

@@ -21,9 +21,9 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.llm import generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
-from llava_projectors.export.templates import choose, with_start_token
+from llava_projectors.export.templates import choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
-from llava_projectors.export.tokenizer import export_tokenizer, spaces_differ
+from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
 from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, tower_weights
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
@@ -125,6 +125,11 @@ def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
     for setting in (*SECOND_TOWER_SETTINGS, "s2"):
         if config.get(setting):
             raise ExportError(f"{source} has {setting} {config[setting]!r}: one tower at one scale can be exported")
+    if config.get("mm_resampler_type"):
+        raise ExportError(
+            f"{source} has mm_resampler_type {config['mm_resampler_type']!r}: what LLaVA-NeXT puts between tower and "
+            "projector cannot be exported"
+        )
 
 
 def _resolve(type_string: str, config: Mapping[str, Any]) -> registry.ResolvedSpec:
@@ -136,53 +141,62 @@ def _resolve(type_string: str, config: Mapping[str, Any]) -> registry.ResolvedSp
     return registry.resolve(type_string, attributes)
 
 
-def plan_weights(export: Export, image_token: int, num_tokens: int) -> list[Output]:
+def plan_weights(export: Export, tokenizer: Exported) -> list[Output]:
     """Every tensor of the folder, checked against the shapes that the models have.
 
     Args:
         export: what is to be written.
-        image_token: the id of `<image>`, the last unless the tokenizer had it before.
-        num_tokens: ids of the tokenizer.
+        tokenizer: of the folder.
 
     Raises:
         ProjectorWeightsError: the projector's weights are not whole, or another type's.
         ExportError: the LLM's or the tower's are not.
     """
     source = dict(export.checkpoint.weights)
-    rows = -(-num_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
-    num_known = image_token if image_token == num_tokens - 1 else num_tokens
-
     with torch.device("meta"):
         projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
         llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM")
         tower_shapes = model_shapes(export.tower.config, "AutoModel")
     projector_weights = {name: source.pop(key) for name, key in files.projector_keys(source).items()}
     _check_projector(export, projector, projector_weights)
-
     tower = tower_weights(export.tower, export.checkpoint, tower_shapes)
-    source = {key: weight for key, weight in source.items() if not key.startswith(OWN)}
-    newline = source.pop(NEWLINE, None)
-
-    if "lm_head.weight" not in source and export.checkpoint.config.get("tie_word_embeddings"):
-        source["lm_head.weight"] = source["model.embed_tokens.weight"]
-    known_rows = {"model.embed_tokens.weight": (), "lm_head.weight": ()}
-    check_whole(source, {**llm_shapes, **known_rows}, str(export.checkpoint.source))
-
-    outputs = [Output(f"model.vision_tower.{key}", weight.shape, weight.read) for key, weight in tower.items()]
-    outputs += [
-        Output(f"model.multi_modal_projector.{name}", weight.shape, weight.read)
-        for name, weight in projector_weights.items()
+    llm = {key: weight for key, weight in source.items() if not key.startswith(OWN)}
+    newline = llm.pop(NEWLINE, None)
+    return [
+        *_stored("model.vision_tower.", tower),
+        *_stored("model.multi_modal_projector.", projector_weights),
+        *_newline(export, newline),
+        *_llm(export.checkpoint, llm, llm_shapes, tokenizer),
     ]
-    if export.layout.newline:
-        if newline is None:
-            raise ExportError(f"{export.checkpoint.source} lacks {NEWLINE}, which its mm_patch_merge_type needs")
-        outputs.append(Output(NEWLINE, newline.shape, newline.read))
-    for key, weight in source.items():
-        new = key if key == "lm_head.weight" else f"model.language_model.{key[len('model.') :]}"
-        if key in known_rows:
-            outputs.append(Output(new, (rows, weight.shape[1]), _padded(weight, num_known, rows)))
+
+
+def _stored(prefix: str, found: Mapping[str, Weight]) -> list[Output]:
+    return [Output(f"{prefix}{name}", weight.shape, weight.read) for name, weight in found.items()]
+
+
+def _newline(export: Export, found: Optional[Weight]) -> list[Output]:
+    if not export.layout.newline:
+        return []
+    if found is None:
+        raise ExportError(f"{export.checkpoint.source} lacks {NEWLINE}, which its mm_patch_merge_type needs")
+    return _stored("", {NEWLINE: found})
+
+
+def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shapes, tokenizer: Exported) -> list[Output]:
+    """The LLM's tensors, with a row of embeddings and head for each token: LLaVA's loader cuts off the others."""
+    tables = embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    if checkpoint.config.get("tie_word_embeddings") and embeddings in found:
+        found[head] = found[embeddings]  # as LLaVA's loader has it, whatever the file holds for the head
+    check_whole(found, {**shapes, **dict.fromkeys(tables, ())}, str(checkpoint.source))
+    rows = -(-tokenizer.count // ROW_MULTIPLE) * ROW_MULTIPLE
+    known = tokenizer.image if tokenizer.image == tokenizer.count - 1 else tokenizer.count
+    outputs = []
+    for key, weight in found.items():
+        name = key if key == head else f"model.language_model.{key.removeprefix('model.')}"
+        if key in tables:
+            outputs.append(Output(name, (rows, weight.shape[1]), _padded(weight, known, rows)))
         else:
-            outputs.append(Output(new, weight.shape, weight.read))
+            outputs.append(Output(name, weight.shape, weight.read))
     return outputs
 
 
@@ -262,10 +276,16 @@ def folder_config(
     }
 
 
-def write_processor(export: Export, target: Path, travels: bool) -> None:
-    """Write what the processors read: the picture's road into the tower, and how it lies in the LLM's input."""
-    tower = export.tower
-    settings = processor_settings(export.layout, tower.folder, tower.tile_side, tower.is_siglip)
+def write_processor(layout: Layout, tower: Tower, target: Path, travels: bool = True) -> None:
+    """Write what the processors read: the picture's road into the tower, and how it lies in the LLM's input.
+
+    Args:
+        layout: of a picture.
+        tower: the vision tower.
+        target: folder to write to.
+        travels: whether their code lies beside them.
+    """
+    settings = processor_settings(layout, tower.folder, tower.tile_side, tower.is_siglip)
     processor = {"processor_class": settings["processor_class"], "auto_map": settings["auto_map"]}
     if not travels:
         del settings["auto_map"], processor["auto_map"]
@@ -304,45 +324,53 @@ def export_checkpoint(
     """
     if target.exists():
         raise ExportError(f"{target} exists already: name another folder, or remove it")
-    folder_of_base = None if base is None else local_folder(base, "--model-base", "Name the model that was trained on")
-    folder = local_folder(source, "the checkpoint", "Name the folder that LLaVA's script wrote")
-    export = prepare(read_checkpoint(folder, folder_of_base), dtype, vision_tower)
-    checkpoint = export.checkpoint
-    torch_dtype = DTYPES[export.dtype]
+    export = prepare(_located(source, base), dtype, vision_tower)
+    llm = export.checkpoint.llm
     with temporary_folder(target) as folder:
-        tokenizer = export_tokenizer(checkpoint.llm, folder)
-        llm = export.text_config["model_type"]
-        template = choose(llm, tokenizer.tokens, conversation, chat_template, checkpoint.source)
-        (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
-        for_vllm = with_start_token(template.jinja) if tokenizer.adds_start else template.jinja
-        (folder / "chat_template_vllm.jinja").write_text(for_vllm, encoding="utf-8")
-        outputs = plan_weights(export, tokenizer.image, tokenizer.count)
-        check_room(folder, outputs, torch_dtype)
-        rows = next(output.shape[0] for output in outputs if output.key == "lm_head.weight")
-        config = folder_config(
-            export.resolved,
-            export.layers,
-            export.tower,
-            export.text_config,
-            export.layout,
-            tokenizer.image,
-            rows,
-            export.dtype,
-        )
-        try:
-            write_code(export.resolved.type_string, folder)
-            config["auto_map"] = AUTO_MAP
-            travels = None
-        except DoesNotTravel as reason:
-            travels = str(reason)
-        write_processor(export, folder, travels is None)
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", generation_config(checkpoint.llm, export.text_config))
-        spaces = spaces_differ(checkpoint.llm)
-        card = model_card(config, str(source), base, target.name, template.name, travels, spaces)
+        tokenizer = export_tokenizer(llm, folder)
+        kind = export.text_config["model_type"]
+        template = choose(kind, tokenizer.tokens, conversation, chat_template, export.checkpoint.source)
+        write_templates(template, tokenizer.adds_start, folder)
+        outputs = plan_weights(export, tokenizer)
+        check_room(folder, outputs, DTYPES[export.dtype])
+        config, travels_not = _write_settings(export, tokenizer.image, outputs, folder)
+        card = model_card(config, str(source), base, target.name, template.name, travels_not, spaces_differ(llm))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        write_checkpoint(folder, outputs, torch_dtype, progress, shard_bytes)
+        write_checkpoint(folder, outputs, DTYPES[export.dtype], progress, shard_bytes)
     return export
+
+
+def _located(source: str, base: Optional[str]) -> Checkpoint:
+    folder = local_folder(source, "the checkpoint", "Name the folder that LLaVA's script wrote")
+    remedy = "Name the model that was trained on"
+    return read_checkpoint(folder, None if base is None else local_folder(base, "--model-base", remedy))
+
+
+def _write_settings(
+    export: Export, image_token: int, outputs: Sequence[Output], folder: Path
+) -> tuple[dict[str, Any], Optional[str]]:
+    """Write the code and every config; returns `config.json`, and why the code does not travel, or None."""
+    rows = next(output.shape[0] for output in outputs if output.key == "lm_head.weight")
+    config = folder_config(
+        export.resolved,
+        export.layers,
+        export.tower,
+        export.text_config,
+        export.layout,
+        image_token,
+        rows,
+        export.dtype,
+    )
+    try:
+        write_code(export.resolved.type_string, folder)
+        config["auto_map"] = AUTO_MAP
+        travels_not = None
+    except DoesNotTravel as reason:
+        travels_not = str(reason)
+    write_processor(export.layout, export.tower, folder, travels_not is None)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(export.checkpoint.llm, export.text_config))
+    return config, travels_not
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:

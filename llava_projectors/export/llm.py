@@ -49,24 +49,21 @@ LLMS = {
             "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
         },
     ),
-    "phi3": Llm(
-        "Phi3ForCausalLM",
-        {
-            **_COMMON, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5, "rope_scaling": None, "eos_token_id": 32000, "pad_token_id": 32000,
-            "sliding_window": None,
-        },
-    ),
 }  # fmt: skip
 # `model_type` in LLaVA's config -> kind.
 KINDS = {
     "llava_llama": "llama", "llava": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
-    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2", "llava_phi3": "phi3", "phi3": "phi3",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2",
 }  # fmt: skip
 
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Settings of generation that look at the tokens so far -> without effect. LLaVA's `generate` gets embeddings, so there
+# they see the answer alone; transformers and vLLM show them the prompt too.
+OF_TOKENS_SO_FAR = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
 
 
 def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -97,8 +94,6 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     _refuse_windows(settings, config.get("tokenizer_model_max_length"), source)
-    if kind == "phi3" and settings["rope_scaling"]:
-        raise ExportError(f"{source} has rope_scaling {settings['rope_scaling']!r}: later versions rotate otherwise")
     # The head is written out, also where the checkpoint shares it with the embeddings.
     return {
         "model_type": kind,
@@ -141,11 +136,18 @@ def generation_config(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
         text: the LLM's config, from which the tokens are taken where the folder has no such file.
 
     Raises:
+        ExportError: a setting that would act on the prompt too.
         ProjectorSpecError: the file is no JSON object.
     """
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     path = folder / "generation_config.json"
     found = read_json(path) if path.is_file() else {}
+    for name, idle in OF_TOKENS_SO_FAR.items():
+        if found.get(name) not in (None, idle):
+            raise ExportError(
+                f"{path} has {name} {found[name]!r}: in LLaVA it acts on the answer, in transformers and vLLM on the "
+                f"prompt too. Set it to {idle!r} to export without it; LLaVA then answers without it as well"
+            )
     settings = {name: text.get(name) for name in tokens} | found
     for name in ("transformers_version", "_from_model_config"):
         settings.pop(name, None)

@@ -17,10 +17,9 @@ import torch
 from llava_projectors import registry
 from llava_projectors.export.card import model_card
 from llava_projectors.export.checkpoint import Weight
-from llava_projectors.export.convert import DTYPES, folder_config, model_shapes
+from llava_projectors.export.convert import DTYPES, folder_config, model_shapes, write_processor
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
-from llava_projectors.export.pictures import processor_settings
 from llava_projectors.export.tensors import Output, write_checkpoint
 from llava_projectors.export.tower import Tower, check_whole
 from llava_projectors.files import checkpoint_tensors, read_config
@@ -65,12 +64,7 @@ def start(
     if target.exists():
         raise ExportError(f"{target} exists already: name another folder, or remove it")
     folder = local_folder(source, "the model", "Name a folder or a hub name like llava-hf/llava-1.5-7b-hf")
-    config = read_config(folder)
-    if config.get("model_type") != "llava" or "mm_projector_type" in config:
-        raise ExportError(
-            f"{source} is no model of transformers' LlavaForConditionalGeneration: its config.json has model_type "
-            f"{config.get('model_type')!r}. A new projector is put into models like llava-hf/llava-1.5-7b-hf"
-        )
+    config = _llava_config(folder, source)
     resolved = registry.resolve(type_string)
     tower, text = _parts(folder, config)
     layers = resolve_layers(resolved, tower.config["num_hidden_layers"], tower.select_layer)
@@ -81,17 +75,29 @@ def start(
     with temporary_folder(target) as made:
         check_room(made, outputs, DTYPES[dtype])
         write_code(type_string, made)
-        for pattern in KEPT:
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, made / file.name)
+        _copy_files(folder, made)
         write_json(made / "config.json", {**written, "auto_map": AUTO_MAP})
-        settings = processor_settings(layout, folder, tower.tile_side, tower.is_siglip)
-        write_json(made / "preprocessor_config.json", settings)
-        names = ("processor_class", "auto_map")
-        write_json(made / "processor_config.json", {name: settings[name] for name in names})
-        card = model_card(written, source, None, target.name, "the source's own", None, False)
+        write_processor(layout, tower, made)
+        card = model_card(written, source, None, target.name, None, None, False)
         (made / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(made, outputs, DTYPES[dtype], progress)
+
+
+def _llava_config(folder: Path, source: str) -> dict[str, Any]:
+    """The config of a model of transformers' LLaVA; another is refused."""
+    config = read_config(folder)
+    if config.get("model_type") != "llava" or "mm_projector_type" in config:
+        raise ExportError(
+            f"{source} is no model of transformers' LlavaForConditionalGeneration: its config.json has model_type "
+            f"{config.get('model_type')!r}. A new projector is put into models like llava-hf/llava-1.5-7b-hf"
+        )
+    return config
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for pattern in KEPT:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
 
 
 def _parts(folder: Path, config: Mapping[str, Any]) -> tuple[Tower, dict[str, Any]]:

@@ -11,7 +11,7 @@ from llava_projectors.export.errors import ExportError
 
 _TEXT = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in content %}{% if part['type'] in ('image', 'video') %}<image>\n{% endif %}{% endfor %}"
     "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% endmacro %}"
 )
@@ -132,6 +132,14 @@ def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optiona
     return ChatTemplate(chosen, TEMPLATES[chosen])
 
 
-def with_start_token(template: str) -> str:
-    """The template for servers that add no special tokens to a chat, vLLM among them."""
-    return "{{ bos_token }}" + template
+def write_templates(template: ChatTemplate, adds_start: bool, folder: Path) -> None:
+    """Write the template, and the one for servers that add no special tokens to a chat, vLLM among them.
+
+    Args:
+        template: of the export.
+        adds_start: whether the tokenizer puts a start token in front.
+        folder: to write to.
+    """
+    for_server = "{{ bos_token }}" + template.jinja if adds_start else template.jinja
+    (folder / "chat_template.jinja").write_text(template.jinja, encoding="utf-8")
+    (folder / "chat_template_vllm.jinja").write_text(for_server, encoding="utf-8")

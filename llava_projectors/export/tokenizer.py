@@ -8,13 +8,13 @@ and loaded as a plain `PreTrainedTokenizerFast`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.folders import write_json
 from llava_projectors.files import read_json
 
 IMAGE_TOKEN = "<image>"
@@ -50,23 +50,20 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     from tokenizers import AddedToken
 
     settings = _read_json(source / "tokenizer_config.json")
-    is_rebuilt = (source / "tokenizer.model").is_file()
     try:
         tokenizer = _read_tokenizer(source, settings)
     except ExportError:
         raise
     except Exception as error:  # the libraries raise a dozen kinds
         raise ExportError(f"cannot read the tokenizer of {source}: {error}. Copy it there from the base LLM") from error
+    special = _special_tokens(tokenizer, settings, source)
+    start = tokenizer.token_to_id(special.get("bos_token", ""))
+    adds_start = start is not None and tokenizer.encode("a").ids[0] == start
+    is_rebuilt = (source / "tokenizer.model").is_file()
+    usual = {"add_bos_token": True, "add_eos_token": False} if is_rebuilt else {}  # of Llama's slow tokenizer
+    _refuse_other_ends(tokenizer, {**usual, **settings}, adds_start, source)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(target / "tokenizer.json"))
-    special = {
-        name: _content(settings.get(name)) or default
-        for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", None))
-    }
-    special = {name: token for name, token in special.items() if token and tokenizer.token_to_id(token) is not None}
-    if "eos_token" not in special:
-        raise ExportError(f"{source / 'tokenizer_config.json'} names no eos_token that the tokenizer has")
-    special.setdefault("pad_token", special.get("unk_token") or special["eos_token"])
     written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -80,49 +77,59 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
         "model_max_length": settings.get("model_max_length", 2048),
         "processor_class": "LlavaProcessor",
     }
-    (target / "tokenizer_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
-    (target / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
+    write_json(target / "tokenizer_config.json", written)
+    write_json(target / "special_tokens_map.json", special)
     vocabulary = tokenizer.get_vocab()
-    start = vocabulary.get(special.get("bos_token", ""))
-    return Exported(
-        vocabulary[IMAGE_TOKEN],
-        max(vocabulary.values()) + 1,
-        vocabulary.keys(),
-        start is not None and tokenizer.encode("a").ids[0] == start,
-    )
+    return Exported(vocabulary[IMAGE_TOKEN], max(vocabulary.values()) + 1, vocabulary.keys(), adds_start)
 
 
 def _read_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
     """A `tokenizers.Tokenizer` that splits text as the one that LLaVA loads from a folder."""
     from tokenizers import Tokenizer
 
+    added = _added_tokens(source, settings)
     if (source / "tokenizer.model").is_file():
-        return _rebuilt(source, settings)
-    if (source / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(source / "tokenizer.json"))
-    if (source / "vocab.json").is_file():  # as Qwen2's slow tokenizer is saved
+        tokenizer = from_sentencepiece(source / "tokenizer.model")
+    elif (source / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+        # The slow tokenizer that trains does not write this file, which may be older than the tokens added then.
+        added = {number: token for number, token in added.items() if tokenizer.id_to_token(number) != token.content}
+    elif (source / "vocab.json").is_file():  # as Qwen2's slow tokenizer is saved
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(source, local_files_only=True).backend_tokenizer
-    raise ExportError(
-        f"{source} has no tokenizer: neither tokenizer.model, tokenizer.json nor vocab.json. Copy it there from the "
-        "base LLM"
-    )
-
-
-def _rebuilt(source: Path, settings: Mapping[str, Any]) -> Any:
-    """From a sentencepiece model and the tokens added to it."""
-    for name, usual in (("add_bos_token", True), ("add_eos_token", False)):
-        if settings.get(name) not in (None, usual):
-            raise ExportError(
-                f"{source / 'tokenizer_config.json'} has {name} {settings[name]!r}: only {usual!r} can be exported"
-            )
-    tokenizer = from_sentencepiece(source / "tokenizer.model")
-    for number, token in sorted(_added_tokens(source, settings).items()):
+    else:
+        raise ExportError(
+            f"{source} has no tokenizer: neither tokenizer.model, tokenizer.json nor vocab.json. Copy it there from "
+            "the base LLM"
+        )
+    for number, token in sorted(added.items()):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != number:
             raise ExportError(f"{source} gives the added token {token.content!r} the id {number}, which is not free")
     return tokenizer
+
+
+def _special_tokens(tokenizer: Any, settings: Mapping[str, Any], source: Path) -> dict[str, str]:
+    """`bos_token` and the like, those that the tokenizer has."""
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    found = {name: _content(settings.get(name)) or token for name, token in usual.items()}
+    special = {name: token for name, token in found.items() if token and tokenizer.token_to_id(token) is not None}
+    if "eos_token" not in special:
+        raise ExportError(f"{source / 'tokenizer_config.json'} names no eos_token that the tokenizer has")
+    special.setdefault("pad_token", special.get("unk_token") or special["eos_token"])
+    return special
+
+
+def _refuse_other_ends(tokenizer: Any, settings: Mapping[str, Any], adds_start: bool, source: Path) -> None:
+    """Raise where the settings want a start or end token that the tokenizer does not put there, or the reverse."""
+    found = {"add_bos_token": adds_start, "add_eos_token": len(tokenizer.encode("").ids) > adds_start}
+    for name, does in found.items():
+        if settings.get(name) not in (None, does):
+            raise ExportError(
+                f"{source / 'tokenizer_config.json'} has {name} {settings[name]!r}, and its tokenizer "
+                f"{'puts one there' if does else 'puts none there'}: only {does!r} can be exported"
+            )
 
 
 def spaces_differ(source: Path) -> bool:

@@ -56,7 +56,7 @@ def read_tower(folder: Path, config: Mapping[str, Any]) -> Tower:
     """The tower in a folder, as a checkpoint with this config uses it.
 
     Raises:
-        ExportError: neither CLIP nor SigLIP.
+        ExportError: neither CLIP nor SigLIP, or several layers of it.
     """
     from transformers import CONFIG_MAPPING
 
@@ -67,7 +67,10 @@ def read_tower(folder: Path, config: Mapping[str, Any]) -> Tower:
     made = CONFIG_MAPPING[str(kind)](**own.get("vision_config", own)).to_dict()
     settings = {"model_type": kind, **{key: made[key] for key in SETTINGS if key in made}}
     if kind == KINDS["clip"]:
-        return Tower(folder, settings, config.get("mm_vision_select_layer", -2))
+        layer = config.get("mm_vision_select_layer", -2)
+        if not isinstance(layer, int):
+            raise ExportError(f"the checkpoint has mm_vision_select_layer {layer!r}: one layer can be exported")
+        return Tower(folder, settings, layer)
     # LLaVA-NeXT deletes the last layer and the head, and offers no choice.
     settings.update(num_hidden_layers=settings["num_hidden_layers"] - 1, vision_use_head=False)
     return Tower(folder, settings, -1)
@@ -86,7 +89,13 @@ def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) 
     """
     found = {key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)}
     source = f"the vision tower in {checkpoint.source}, which was trained,"
-    if not (found and _was_trained(checkpoint.config)):
+    if _was_trained(checkpoint.config):
+        if not found:
+            raise ExportError(
+                f"{checkpoint.source} lacks the weights of its vision tower, which was trained by its config.json "
+                "(unfreeze_mm_vision_tower, mm_tunable_parts): export a checkpoint that has them"
+            )
+    else:
         # LLaVA too loads a frozen tower from where it came from.
         stored = checkpoint_tensors(tower.folder)
         found = {key: Weight(tensor) for key, tensor in stored.items() if not IGNORED.search(key)}

@@ -7,6 +7,7 @@ import ast
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,7 @@ def test_lora_is_merged(trained, tiny, tmp_path, llava_says, road):
     start = {"adapter": run.adapter / "mm_projector.bin"} if road == "base" else {}
     base = tiny.llm if road == "base" else run.checkpoint
     lora = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-3}
+    lora |= {"save_strategy": "steps", "save_steps": 4}
     folder, _ = tiny.finetune(f"export-lora-{road}", "saep", **start, model_name_or_path=base, max_steps=4, **lora)
     export_checkpoint(str(folder), tmp_path / "out", base=str(base), dtype="float32")
     assert largest_difference(tmp_path / "out", llava_says(folder, base, None)) < 1e-5
@@ -98,6 +100,11 @@ def test_lora_is_merged(trained, tiny, tmp_path, llava_says, road):
     trained_bias = next(value for key, value in projector.items() if key.endswith("mm_projector.aggregate.bias"))
     exported = load_file(tmp_path / "out" / "model.safetensors")["model.multi_modal_projector.aggregate.bias"]
     assert torch.equal(exported, trained_bias.float())
+
+    export_checkpoint(str(folder / "checkpoint-4"), tmp_path / "last", base=str(base), dtype="float32")
+    last, final = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "out"))
+    assert last.keys() == final.keys()
+    assert all(torch.equal(last[key], final[key]) for key in final)
 
 
 def test_bin_shards_and_safetensors_shards_give_the_same(trained, tmp_path):
@@ -398,6 +405,14 @@ def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path,
     torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_trained_tower_that_the_checkpoint_lacks_is_not_replaced(checkpoint, refused):
+    """By the tower that it was trained from."""
+    folder = checkpoint(unfreeze_mm_vision_tower=True)
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith(OWN)}, folder / "model.safetensors")
+    refused(folder, "lacks the weights of its vision tower, which was trained by its config.json")
+
+
 def test_a_tokenizer_that_tells_no_conversation(checkpoint, tmp_path, refused):
     """Neither Llama 2's nor Llama 3's."""
     from tokenizers import Tokenizer, models
@@ -425,7 +440,7 @@ def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, 
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
     ((name, value),) = setting.items()
-    refused(folder, f"tokenizer_config.json has {name} {value}: only {not value} can be exported")
+    refused(folder, f"tokenizer_config.json has {name} {value}, and its tokenizer .*: only {not value} can be")
 
 
 # What is refused, and what is left behind then
@@ -449,6 +464,13 @@ def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, 
             {"image_aspect_ratio": "highres"},
             "image_aspect_ratio 'highres': pad, square, slice and anyres",
         ),
+        (
+            {"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": [[336, 672]]},
+            "'anyres_max_9': .*anyres_max_N of LLaVA-NeXT, which alone knows it",
+        ),
+        ({"mm_vision_select_layer": [-2, -5]}, r"mm_vision_select_layer \[-2, -5\]: one layer can be exported"),
+        ({"mm_resampler_type": "spatial_pool"}, "has mm_resampler_type 'spatial_pool'"),
+        ({"model_type": "llava_phi3"}, "LLM of model_type 'llava_phi3'"),
         ({"mm_patch_merge_type": "spatial_maxpool2x2"}, "mm_patch_merge_type 'spatial_maxpool2x2': flat, spatial,"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch', not 'patch'"),
         ({"mm_vision_tower": None}, "names no vision tower"),
@@ -517,8 +539,17 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tiny, tmp_path, refuse
     key = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     torch.save({key: torch.zeros(4, 80)}, folder / "adapter_model.bin")
     refused(folder, "does not fit its base: model.layers.9.self_attn.q_proj.weight", base=str(tiny.llm))
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
-    refused(folder, "asks for use_dora=True", base=str(tiny.llm))
+    for name, value in (("use_dora", True), ("init_lora_weights", "pissa"), ("target_parameters", ["a"])):
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, name: value}))
+        refused(folder, rf"asks for {name}={re.escape(str(value))}", base=str(tiny.llm))
+
+
+def test_a_full_checkpoint_beside_an_adapter_is_refused(checkpoint, refused):
+    """By its adapter_config.json transformers loads another base than the weights in the folder."""
+    folder = checkpoint()
+    (folder / "non_lora_trainables.bin").touch()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "another"}))
+    refused(folder, "holds a full checkpoint and adapter_config.json")
 
 
 def test_an_existing_output_is_left_alone(checkpoint, tmp_path, capsys):
@@ -803,6 +834,9 @@ def test_a_new_projector_for_transformers_own_llava(stock, tmp_path, capsys):
     assert config["vision_feature_layer"] == [2, 3]
     assert config["image_token_index"] == 480
     assert (tmp_path / "out" / "modeling_llava_projectors.py").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve out --trust-remote-code\n" in card  # it has no second template
+    assert "conversation | the source's own |" in card
     assert main(command) == 1
     assert "exists already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "again"), "--new-projector", "saep"]) == 1

@@ -17,6 +17,7 @@ from llava_projectors.export import verify
 from llava_projectors.export.convert import NEWLINE, export_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.llm import LLMS, text_config
+from llava_projectors.export.tokenizer import export_tokenizer
 from llava_projectors.integration.llm_settings import contradictions, refuse_contradictions
 
 
@@ -197,6 +198,91 @@ def test_verify_sees_a_lost_end_token(broken):
     assert "answers end in the tokens [7], LLaVA's in [2]" in broken.seen()
 
 
+@pytest.mark.parametrize(("name", "value", "idle"), [("repetition_penalty", 1.05, 1.0), ("no_repeat_ngram_size", 3, 0)])
+def test_settings_that_would_see_the_prompt_are_refused(checkpoint, refused, tmp_path, name, value, idle):
+    """LLaVA generates from embeddings: there they see the answer alone."""
+    folder = checkpoint()
+    edit(folder / "generation_config.json", **{name: value})
+    refused(folder, f"has {name} {value}: in LLaVA it acts on the answer, .*Set it to {idle}")
+    edit(folder / "generation_config.json", **{name: idle})
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+@pytest.mark.parametrize("change", [{"repetition_penalty": 1.3}, {"max_length": 7}])
+def test_verify_sees_another_setting_of_generation(broken, change):
+    edit(broken.folder / "generation_config.json", **change)
+    ((name, value),) = change.items()
+    assert f"generation_config.json has {name} {value}" in broken.seen()
+
+
+# Rows of the embeddings
+
+
+def test_rows_that_no_token_has_are_cut_off(checkpoint, tmp_path):
+    """As LLaVA's loader does. Qwen2's table is longer than its tokenizer."""
+    folder = checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    for key in tables:
+        weights[key] = torch.cat([weights[key], torch.randn(200, weights[key].shape[1]).to(weights[key].dtype)])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", vocab_size=len(weights["lm_head.weight"]))
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+def test_a_head_that_is_the_embeddings(checkpoint, tmp_path):
+    """LLaVA's loader ties them, whatever the file holds for the head."""
+    folder = checkpoint(tie_word_embeddings=True)
+    export_checkpoint(str(folder), tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(exported["lm_head.weight"], exported["model.language_model.embed_tokens.weight"])
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+# Tokens that were added
+
+
+def word_level(folder, added):
+    """A tokenizer of three words in `tokenizer.json`, and tokens that were added after it was written."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    words = {word: number for number, word in enumerate(["a", "b", "<|end|>"])}
+    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
+def test_tokens_newer_than_tokenizer_json_keep_their_ids(tmp_path):
+    (tmp_path / "out").mkdir()
+    exported = export_tokenizer(word_level(tmp_path / "in", {"<mine>": 3}), tmp_path / "out")
+    assert (exported.image, exported.count) == (4, 5)
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert loaded("<mine><image>").input_ids == [3, 4]
+
+
+def test_added_tokens_whose_ids_are_taken_are_refused(tmp_path):
+    with pytest.raises(ExportError, match="gives the added token '<mine>' the id 1, which is not free"):
+        export_tokenizer(word_level(tmp_path / "in", {"<mine>": 1}), tmp_path)
+
+
+def test_another_start_token_than_the_sentencepiece_models_is_refused(checkpoint, refused):
+    folder = checkpoint()
+    edit(folder / "tokenizer_config.json", bos_token="</s>")
+    refused(folder, "has add_bos_token True, and its tokenizer puts none there")
+
+
+@pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
+def test_a_fast_tokenizer_that_its_settings_contradict_is_refused(tmp_path, name):
+    folder = word_level(tmp_path / "in", {})
+    edit(folder / "tokenizer_config.json", **{name: True})
+    with pytest.raises(ExportError, match=f"has {name} True, and its tokenizer puts none there: only False"):
+        export_tokenizer(folder, tmp_path)
+
+
 # Numbers that are none
 
 
@@ -262,6 +348,17 @@ def test_newer_settings_of_the_towers_processor_are_not_handed_on(checkpoint, ti
     assert verify.verify(tmp_path / "out", str(folder), None) == []
     edit(tower / "preprocessor_config.json", rescale_factor=0.5)
     refused(folder, "preprocessor_config.json has rescale_factor 0.5, not 1/255")
+
+
+def test_a_tower_whose_pictures_are_larger_than_its_tiles(checkpoint, tiny, tmp_path):
+    """LLaVA's `anyres` squeezes the picture to the side that the tower's processor resizes to, not to the tile's."""
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny.coarse_tower, tower)
+    edit(tower / "preprocessor_config.json", size={"shortest_edge": 400})
+    pinpoints = [[336, 672], [672, 336]]
+    folder = checkpoint(mm_vision_tower=str(tower), image_aspect_ratio="anyres", image_grid_pinpoints=pinpoints)
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
 
 
 def test_verify_sees_other_pixels(broken):
