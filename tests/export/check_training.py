@@ -129,7 +129,7 @@ def test_eight_bits(folder, chats, how):
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    left_out = ["multi_modal_projector", "lm_head"]
+    left_out = ["model.multi_modal_projector", "lm_head"]
     settings = {
         "bitsandbytes": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_out),
         "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_out),
