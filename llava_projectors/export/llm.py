@@ -94,6 +94,7 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     _refuse_windows(settings, config.get("tokenizer_model_max_length"), source)
+    _refuse_dynamic_rotations(settings.get("rope_scaling") or {}, source)
     # The head is written out, also where the checkpoint shares it with the embeddings.
     return {
         "model_type": kind,
@@ -117,6 +118,19 @@ def _refuse_windows(settings: Mapping[str, Any], most_tokens: Optional[int], sou
             "transformers that LLaVA runs on apply the window otherwise than later ones. To export it for sequences "
             f"that do not reach it, set tokenizer_model_max_length {window} (and use_sliding_window false) in its "
             "config.json"
+        )
+
+
+def _refuse_dynamic_rotations(scaling: Mapping[str, Any], source: Path) -> None:
+    """Raise for rotations that follow the length of the sequence.
+
+    4.37 and 4.41 keep those of the longest sequence so far, for shorter ones too; later versions go back.
+    """
+    if "dynamic" in (scaling.get("type"), scaling.get("rope_type")):
+        raise ExportError(
+            f"{source} has rope_scaling {dict(scaling)!r}: in the versions of transformers that LLaVA runs on, answers "
+            "then depend on the longest sequence before, in later ones not. Where no sequence is longer than "
+            "max_position_embeddings it has no effect: remove it from config.json to export for those"
         )
 
 

@@ -74,9 +74,6 @@ LLAVA = {
             "mm_patch_merge_type": "spatial_unpad",
         },
     ),
-    "rope-dynamic": Family(
-        "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    ),
     "rope-scaling": Family(
         "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "linear", "factor": 2.0}}
     ),

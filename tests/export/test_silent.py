@@ -78,6 +78,21 @@ def test_one_that_says_the_same_is_not_handed_on(checkpoint, tmp_path):
     assert text["rope_theta"] == 10000.0
 
 
+def test_rotations_that_follow_the_length_are_refused(checkpoint, refused):
+    """They stay what the longest sequence made them: LLaVA answers a short prompt otherwise after a long one."""
+    scaling = {"type": "dynamic", "factor": 2.0}
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        max_position_embeddings=32, rope_scaling=scaling,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(60)[None]
+    with torch.no_grad():
+        before, _, after = (model(ids[:, :length]).logits for length in (20, 60, 20))
+    assert not torch.equal(before, after)
+    refused(checkpoint(rope_scaling=scaling), "rope_scaling .*'dynamic'.*depend on the longest sequence before")
+
+
 def test_a_version_that_reads_it_trained_with_it():
     rope = {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
     newer = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
