@@ -97,6 +97,8 @@ def test_check_without_an_llm(tiny, trained, tmp_path):
     assert "all its numbers are finite" in out
     seen = "24x24 -> 12x12, 576 -> 144 visual tokens, hidden states 12+23"
     assert cli("check", "saep") == f"type: saep\ntower: none given; on LLaVA-1.5's {seen}\n"
+    name = "openai/clip-vit-large-patch14-336"  # whose config is known without the hub
+    assert f"tower: {name}, {seen}\n" in cli("check", "saep", "--vision-tower", name)
     for folder in (checkpoint, adapter.parent):
         assert "every weight of the projector is there" in cli("check", "--model-path", str(folder))
     for arguments, message in (

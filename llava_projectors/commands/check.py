@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -117,6 +118,9 @@ def _grid_and_layers(resolved: registry.ResolvedSpec, vision: Any, select_layer:
 
 
 def _vision_config(tower: str) -> Any:
+    if tower == LLAVA_15_TOWER and not Path(tower).exists():
+        return llava_15_config()  # without a network, too
+
     from transformers import AutoConfig
 
     try:
