@@ -58,8 +58,9 @@ def test_check_reads_siglip_as_this_family_does(checkpoint):
 
 
 def test_doctor_tries_siglip_and_clip(tmp_path):
-    trials = {trial.model: trial for trial in run_trial(family.PACKAGE, "saep", {}, str(tmp_path)).trials}
-    for tower, seen in ((" with SigLIP", "729 -> 196"), ("", "576 -> 144")):
-        trial = trials[f"LlavaQwenForCausalLM{tower}"]
+    expected = {"LlavaQwenForCausalLM with SigLIP": "729 -> 196", "LlavaQwenForCausalLM": "576 -> 144"}
+    report = run_trial(family.PACKAGE, "saep", {}, str(tmp_path), models=list(expected))
+    assert [trial.model for trial in report.trials] == list(expected)
+    for trial in report.trials:
         assert trial.verdict == WORKS
-        assert trial.reason.startswith(seen)
+        assert trial.reason.startswith(expected[trial.model])
