@@ -44,6 +44,20 @@ def test_what_is_noted_is_not_kept(noted):
     assert (saved.data_ptr() == activated.data_ptr()) is not noted
 
 
+@pytest.mark.parametrize("view", [lambda x: x[:2], torch.t], ids=["fewer rows", "transposed"])
+def test_a_view_of_what_is_noted_is_kept(view):
+    """It begins at the same address, and is another tensor."""
+    gradients = []
+    for noted in (True, False):
+        hidden = torch.linspace(-2, 2, 32).view(4, 8).requires_grad_()
+        activated, made = remember(nn.GELU(), hidden)
+        with recomputed(made if noted else []):
+            loss = (view(activated).square() * torch.arange(view(activated).numel()).view_as(view(activated))).sum()
+        loss.backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+
+
 def test_nothing_is_held_without_gradients():
     hidden = torch.randn(4, 8)
     with torch.no_grad():

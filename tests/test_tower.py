@@ -651,6 +651,40 @@ def test_a_forward_with_further_arguments_gets_them(tiny, images):
     assert torch.equal(tower(images[:1], "ab"), 2 * tower(images[:1], texts="a"))
 
 
+def test_the_forward_that_counts_is_the_last_of_its_classes(tiny, images):
+    """The base's chooses hidden states by itself, the class's own does not, and does not call it."""
+
+    def doubling(self, images):
+        return 2 * self.feature_select(self.vision_tower(images, output_hidden_states=True))
+
+    base, plain = clip_tower(tiny, forward=lambda self, images: self.hidden_states), clip_tower(tiny)
+    cls = type("Doubling", (type(base),), {"__module__": __name__, "forward": doubling})
+    tower = cls(str(tiny.tower), SimpleNamespace(mm_vision_select_layer=-2), delay_load=True)
+    for one in (tower, plain):
+        convert_tower(one, registry.resolve("saep"))
+        one.load_model()
+    assert torch.equal(tower(images[:1]), 2 * plain(images[:1]))
+
+
+def test_a_tower_that_has_its_model_from_the_start(tiny, towers, images):
+    """Without `load_model`."""
+
+    class Whole(torch.nn.Module):
+        is_loaded, dtype, device = True, torch.float32, torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.vision_tower = transformers.CLIPVisionModel.from_pretrained(tiny.tower)
+            self.config = self.vision_tower.config
+
+        def forward(self, images):
+            return self.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    tower = Whole()
+    convert_tower(tower, registry.resolve("saep:layers=4+8"))
+    assert torch.equal(tower(images[:1]), towers("saep:layers=4+8", mm_vision_select_layer=-1)(images[:1]))
+
+
 def embedding_too(self, images):
     outs = self.vision_tower(images, output_hidden_states=True)
     return outs.a_field_that_is_not_there, self.feature_select(outs)
