@@ -105,7 +105,11 @@ def test_copies(towers, images, copied):
 @pytest.mark.parametrize(
     ("projector_type", "settings", "message"),
     [
-        ("saep:layers=4+30+7", {}, "layer 30 is out of range; the vision tower has 8 layers, hidden states 0 to 8"),
+        (
+            "saep:layers=4+30+7",
+            {},
+            "layer 30 is out of range; the vision tower has 8 layers, hidden states 0 to 8 or -9 to -1",
+        ),
         ("saep:layers=-26+-2", {}, "layer -26 is out of range"),
         ("saep:layers=5+4+7", {}, r"layers=5\+4\+7 must be ascending and without repeats"),
         ("saep:layers=7+-2", {}, r"without repeats \(here 7\+7, counted from 0\)"),
