@@ -62,6 +62,7 @@ def check(model, stock, images, layers=LAYERS):
 @pytest.mark.parametrize("layers", [LAYERS, (0, 3), (8,), (5,), (0,), (0, 8), tuple(range(9))])
 def test_the_same_bits(model, stock, images, layers):
     check(model, stock, images, layers)
+    assert not model._runs_whole  # which would give them too
 
 
 def test_layers_above_the_highest_do_not_run(model, images):
