@@ -110,17 +110,23 @@ def _refuse_wrong_base(source: Path, adapters: Sequence[str], base: Optional[Pat
         )
     if has_own and base is not None:
         raise ExportError(f"{source} is a full checkpoint: leave --model-base {base} out")
-    if not has_own and base is None and adapters:
+    if base is not None and not adapters:
+        raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
+    if not has_own and base is None:
+        _refuse_without_llm(source, adapters)
+
+
+def _refuse_without_llm(source: Path, adapters: Sequence[str]) -> None:
+    """Raise for an adapter, and for what DeepSpeed saves."""
+    if adapters:
         raise ExportError(
             f"{source} holds {adapters[0]} and no LLM: pass --model-base with the model that it was trained on"
         )
-    if not has_own and base is None and (source / "zero_to_fp32.py").is_file():
+    if (source / "zero_to_fp32.py").is_file():
         raise ExportError(
             f"{source} holds the parts that DeepSpeed resumes from, and no weights: run `python zero_to_fp32.py . "
             "pytorch_model.bin` in it first"
         )
-    if base is not None and not adapters:
-        raise ExportError(f"{source} has neither mm_projector.bin nor a LoRA adapter to put on --model-base {base}")
 
 
 def _refuse_half_adapter(source: Path, adapters: Collection[str]) -> None:

@@ -173,16 +173,15 @@ def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
     """
     ids = {piece: number for number, piece in enumerate(pieces)}
     ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
-    found: list[tuple[float, int, tuple[str, str]]] = []
-    for number in ordinary:
-        piece = pieces[number]
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        pairs = [(left, right) for left, right in splits if left in ids and right in ids]
-        found.extend(
-            (-model.get_score(number), order, pair)
-            for order, pair in enumerate(sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]])))
-        )
-    return [pair for *_, pair in sorted(found, key=lambda entry: entry[0])]
+    found = [(-model.get_score(number), pair) for number in ordinary for pair in _pairs(pieces[number], ids)]
+    return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]  # the sort keeps the order of equal scores
+
+
+def _pairs(piece: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that make a piece, in the order of their ids."""
+    splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    found = [(left, right) for left, right in splits if left in ids and right in ids]
+    return sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
 
 def _added_tokens(source: Path, settings: Mapping[str, Any]) -> dict[int, Any]:

@@ -87,14 +87,8 @@ def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) 
     Raises:
         ExportError: weights are missing or of another shape.
     """
-    found = {key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)}
-    source = f"the vision tower in {checkpoint.source}, which was trained,"
     if _was_trained(checkpoint.config):
-        if not found:
-            raise ExportError(
-                f"{checkpoint.source} lacks the weights of its vision tower, which was trained by its config.json "
-                "(unfreeze_mm_vision_tower, mm_tunable_parts): export a checkpoint that has them"
-            )
+        found, source = _trained_weights(checkpoint), f"the vision tower in {checkpoint.source}, which was trained,"
     else:
         # LLaVA too loads a frozen tower from where it came from.
         stored = checkpoint_tensors(tower.folder)
@@ -113,6 +107,16 @@ def check_whole(found: Mapping[str, Weight], expected: weights.Shapes, source: s
     wrong = weights.problems(expected, {name: weight.shape for name, weight in found.items()})
     if wrong:
         raise ExportError(f"{source} is not whole or of another model: {wrong}")
+
+
+def _trained_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    found = {key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)}
+    if not found:
+        raise ExportError(
+            f"{checkpoint.source} lacks the weights of its vision tower, which was trained by its config.json "
+            "(unfreeze_mm_vision_tower, mm_tunable_parts): export a checkpoint that has them"
+        )
+    return found
 
 
 def _was_trained(config: Mapping[str, Any]) -> bool:

@@ -119,24 +119,29 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
         Raises:
             ValueError: another aspect ratio, or videos where none were trained.
         """
-        layout = self.layout
         if videos is not None:
-            return self._videos([[to_picture(frame) for frame in flat(video)] for video in videos], return_tensors)
-        pictures = [to_picture(image) for image in flat(images)]
-        flags = list(whole) or seen_whole(layout, [1] * len(pictures), image_aspect_ratio)
-        cut = [self.to_tiles(picture, layout, flag) for picture, flag in zip(pictures, flags)]
-        data: dict[str, Any] = {"pixel_values": np.stack([tile for tiles in cut for tile in tiles])}
-        if not isinstance(layout, OneTile):
-            rows = rows_of(layout, [size_of(picture) for picture in pictures], flags)
-            data["image_sizes"] = np.array([row for row in rows for _ in range(row[2])])
+            data = self._videos([[to_picture(frame) for frame in flat(video)] for video in videos])
+        else:
+            pictures = [to_picture(image) for image in flat(images)]
+            flags = list(whole) or seen_whole(self.layout, [1] * len(pictures), image_aspect_ratio)
+            data = self._pictures(pictures, flags)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _videos(self, videos: list[list[Image.Image]], return_tensors: Any) -> Any:
+    def _pictures(self, pictures: list[Image.Image], whole: list[bool]) -> dict[str, Any]:
+        layout = self.layout
+        cut = [self.to_tiles(picture, layout, flag) for picture, flag in zip(pictures, whole)]
+        data = {"pixel_values": np.stack([tile for tiles in cut for tile in tiles])}
+        if not isinstance(layout, OneTile):
+            rows = rows_of(layout, [size_of(picture) for picture in pictures], whole)
+            data["image_sizes"] = np.array([row for row in rows for _ in range(row[2])])
+        return data
+
+    def _videos(self, videos: list[list[Image.Image]]) -> dict[str, Any]:
         if self.layout.video is None:
             raise ValueError("this model was not trained on videos: pass their frames as pictures")
         rows = [row_of_video(len(frames)) for frames in videos for _ in frames]
         pixels = np.stack([self.to_pixels(frame) for frames in videos for frame in frames])
-        return BatchFeature({"pixel_values": pixels, "image_sizes": np.array(rows)}, tensor_type=return_tensors)
+        return {"pixel_values": pixels, "image_sizes": np.array(rows)}
 
     def to_tiles(self, picture: Image.Image, layout: Layout, whole: bool = False) -> list[Any]:
         """A picture in RGB -> its tiles, arrays float32 [3, side, side]; seen whole it has one."""

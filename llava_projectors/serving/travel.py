@@ -100,11 +100,7 @@ def travelling_code(type_string: str) -> dict[str, str]:
         raise DoesNotTravel(f"{cls.__qualname__} is not defined at the top of a file")
     base = next(c for c in cls.__mro__ if c.__name__ == "Projector")
     stand_in = f"registry_{cls.name}"
-    modules: dict[str, str] = {}
-    for module in _closure([*ENTRIES, cls.__module__, base.__module__]):
-        other = modules.setdefault(_file_name(module), module)
-        if other != module:
-            raise DoesNotTravel(f"{module} and {other} would be one file, {_file_name(module)}; rename yours")
+    modules = _by_file(_closure([*ENTRIES, cls.__module__, base.__module__]))
     files = {name: _rewrite(module, stand_in) for name, module in modules.items()}
     files[f"{stand_in}.py"] = STAND_IN_SOURCE.format(
         base=_file_stem(base.__module__), module=_file_stem(cls.__module__), cls=cls.__name__
@@ -114,6 +110,16 @@ def travelling_code(type_string: str) -> dict[str, str]:
         others = [stem for stem in stems if stem != entry]
         files[f"{entry}.py"] += NAMED + "".join(f"    from .{stem} import __name__ as _\n" for stem in others)
     return files
+
+
+def _by_file(modules: list[str]) -> dict[str, str]:
+    """File name -> module."""
+    found: dict[str, str] = {}
+    for module in modules:
+        other = found.setdefault(_file_name(module), module)
+        if other != module:
+            raise DoesNotTravel(f"{module} and {other} would be one file, {_file_name(module)}; rename yours")
+    return found
 
 
 def _closure(start: list[str]) -> list[str]:
@@ -171,21 +177,22 @@ def _rewrite(module: str, stand_in: str) -> str:
             continue
         if len(set(targets)) > 1:
             raise DoesNotTravel(f"{module} imports several modules in one statement (line {node.lineno})")
-        line, target = lines[node.lineno - 1], targets[0]
-        stem = stand_in if target in STOOD_IN_FOR else _file_stem(target)
-        if isinstance(node, ast.Import):
-            bound = node.names[0].asname or ROOT
-            if target != ROOT and not node.names[0].asname:
-                raise DoesNotTravel(f"{module} imports {target} without a name for it (line {node.lineno})")
-            lines[node.lineno - 1] = line[: node.col_offset] + f"from . import {stem} as {bound}\n"
-        elif target == node.module:
-            lines[node.lineno - 1] = line.replace(f"from {target} import", f"from .{stem} import", 1)
-        else:
-            bound = node.names[0].asname or node.names[0].name
-            renamed = "" if bound == stem else f" as {bound}"
-            lines[node.lineno - 1] = line[: node.col_offset] + f"from . import {stem}{renamed}\n"
+        stem = stand_in if targets[0] in STOOD_IN_FOR else _file_stem(targets[0])
+        lines[node.lineno - 1] = _relative(lines[node.lineno - 1], node, targets[0], stem, module)
     notice = "# From llava_projectors, MIT licence.\n" if module.split(".")[0] == ROOT else ""
     return notice + "".join(lines)
+
+
+def _relative(line: str, node: ImportNode, target: str, stem: str, module: str) -> str:
+    """The line of an import of `target`, which lies beside it as `stem`; `module` is for messages."""
+    if isinstance(node, ast.ImportFrom) and target == node.module:
+        return line.replace(f"from {target} import", f"from .{stem} import", 1)
+    name = node.names[0]
+    if isinstance(node, ast.Import) and target != ROOT and not name.asname:
+        raise DoesNotTravel(f"{module} imports {target} without a name for it (line {node.lineno})")
+    bound = name.asname or (ROOT if isinstance(node, ast.Import) else name.name)
+    renamed = "" if bound == stem else f" as {bound}"
+    return line[: node.col_offset] + f"from . import {stem}{renamed}\n"
 
 
 def _file_name(module: str) -> str:
