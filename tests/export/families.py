@@ -56,12 +56,21 @@ class Family:
     conversation: str = "vicuna_v1"
 
 
+SENTENCEPIECE = ("llama", "llama-other", "mistral")
+# What readers take from a Llama's config, each otherwise than usual.
+OTHER = {
+    "hidden_act": "gelu", "rms_norm_eps": 1e-2, "attention_bias": True, "max_position_embeddings": 128,
+    "num_key_value_heads": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
 def grid(side):
     return [[side * x, side * y] for x, y in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 
 
 LLAVA = {
     "llama-square": Family("llama", settings={"image_aspect_ratio": "square"}),
+    "llama-other": Family("llama-other", settings={"image_aspect_ratio": "pad"}),
     "mistral": Family("mistral", "tokenpacker", {"image_aspect_ratio": "pad"}, conversation="mistral_instruct"),
     "llama3": Family("llama3", settings={"image_aspect_ratio": "pad"}, conversation="llava_llama_3"),
     "slice9": Family("llama", "tokenpacker:scale_factor=3", {"image_aspect_ratio": "slice:patch_num=9"}),
@@ -156,9 +165,9 @@ def make_llm(kind, folder, **sizes):
     """An LLM's checkpoint with large random weights, two of whose tokens end an answer."""
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, **sizes,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, **(OTHER if kind == "llama-other" else {}), **sizes,
     }  # fmt: skip
-    if kind in ("llama", "mistral"):
+    if kind in SENTENCEPIECE:
         assets.make_llm(folder, hidden_size=64, head_width=32)
         ends = [2, 300]
     elif kind == "llama3":
@@ -169,16 +178,18 @@ def make_llm(kind, folder, **sizes):
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokenizer = byte_level(folder, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    name = {"llama": "Llama", "llama3": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind]
-    count = len(transformers.AutoTokenizer.from_pretrained(folder, use_fast=kind not in ("llama", "mistral")))
+    name = {"mistral": "Mistral", "qwen2": "Qwen2"}.get(kind, "Llama")
+    count = len(transformers.AutoTokenizer.from_pretrained(folder, use_fast=kind not in SENTENCEPIECE))
     config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=count, eos_token_id=ends[0], rope_theta=5e4)
     if kind == "mistral":
         config.sliding_window = None
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=3 / parameter.shape[-1] ** 0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     model.generation_config.eos_token_id = ends
     model.save_pretrained(folder)
     return folder
@@ -230,7 +241,7 @@ def make_checkpoint(root, name, family):
     for key, value in {"mm_use_im_patch_token": False, "mm_use_im_start_end": False, **family.settings}.items():
         setattr(model.config, key, value)
     model.get_model().initialize_vision_modules(arguments)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llm, use_fast=family.llm not in ("llama", "mistral"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm, use_fast=family.llm not in SENTENCEPIECE)
     model.initialize_vision_tokenizer(arguments, tokenizer=tokenizer)
     with torch.no_grad():
         for parameter in model.get_model().mm_projector.parameters():
