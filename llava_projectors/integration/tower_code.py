@@ -88,16 +88,19 @@ def _has_weights(value: Any) -> bool:
 
 def _built_by(tower_class: Any, method: str) -> set[str]:
     """Attributes to which a method of the class, or one that it calls, assigns what calls return, one or several."""
-    assigned = [
-        node
-        for function in _own_functions(tower_class, {method, *names_in(tower_class, method)})
-        for node in ast.walk(_parsed(function))
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, (ast.Call, ast.List, ast.Dict))
-        and any(isinstance(part, ast.Call) for part in ast.walk(node.value))
+    functions = _own_functions(tower_class, {method, *names_in(tower_class, method)})
+    nodes = [node for function in functions for node in ast.walk(_parsed(function))]
+    targets = [
+        target for node in nodes if isinstance(node, ast.Assign) and _calls(node.value) for target in node.targets
     ]
-    targets = [part for node in assigned for target in node.targets for part in ast.walk(target)]
-    return {part.attr for part in targets if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)}
+    parts = [part for target in targets for part in ast.walk(target)]
+    return {part.attr for part in parts if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)}
+
+
+def _calls(value: ast.expr) -> bool:
+    """Whether it is a call, or a list or dict that holds some."""
+    is_one = isinstance(value, (ast.Call, ast.List, ast.Dict))
+    return is_one and any(isinstance(part, ast.Call) for part in ast.walk(value))
 
 
 def _own_functions(tower_class: Any, names: set[str]) -> list[Any]:
