@@ -402,6 +402,8 @@ def test_what_a_builder_builds_is_its_own(name, monkeypatch):
     for one in asked:
         assert is_ours(SimpleNamespace(mm_projector_type=f" llava_projectors.{one}"), package)
         assert our_name(one, package) == (f"llava_projectors.{one}" if one in kept else one)
+    for one in kept:
+        assert package.left(f" {one}").endswith(f" llava_projectors.{one}")
     assert len(said) == len(kept)  # one line each, however often it is asked
     for line, one in zip(said, kept):
         assert line.startswith(f"{one!r} is left to fork's own projector builder, which ")

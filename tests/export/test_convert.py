@@ -27,6 +27,7 @@ from llava_projectors.export import compare, folders, verify
 from llava_projectors.export.checkpoint import read_checkpoint
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.tokenizer import merges
 from llava_projectors.export.tower import OWN
 from llava_projectors.projectors import registration
 from llava_projectors.serving.travel import DoesNotTravel, travelling_code
@@ -260,6 +261,17 @@ def test_tokens_are_llavas(trained, tmp_path, legacy):
         if ours(prompt).input_ids != expected:
             different.append(prompt)
     assert different == []
+
+
+def test_merges_go_by_score_and_then_by_the_ids_of_their_parts():
+    """Of a model whose ids are not in the order of its scores."""
+    scores = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -2.0, "bc": -1.0, "abc": -3.0}
+    pieces = list(scores)
+    model = SimpleNamespace(
+        **dict.fromkeys(("is_control", "is_unknown", "is_byte"), lambda number: False),
+        get_score=lambda number: scores[pieces[number]],
+    )
+    assert merges(pieces, model) == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 
 def test_tokens_behind_an_image_token_of_ones_own_keep_their_rows(trained, tmp_path):
