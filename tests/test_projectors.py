@@ -15,6 +15,7 @@ from llava_projectors import ProjectorSpecError, build_projector, list_projector
 from llava_projectors.projectors.base import Projector, multi_level_layers
 from llava_projectors.projectors.convolutions import LevelNorm
 from llava_projectors.projectors.grid import region_mask
+from llava_projectors.projectors.layers import head_count
 from llava_projectors.projectors.tokenpacker import downsample_bilinear
 
 GOLDEN = Path(__file__).parent / "data" / "tokenpacker.npz"
@@ -414,6 +415,10 @@ def test_a_mask_is_made_only_where_patches_are_missing():
     mask = region_mask(torch.zeros(1, 5, 5, 1), 3)
     assert mask.shape == (1, 2, 3, 2, 3, 1)
     assert mask.sum() == 25
+
+
+def test_heads_divide_the_width():
+    assert [head_count(width) for width in (64, 256, 400, 1000, 1024)] == [1, 2, 2, 5, 8]
 
 
 def test_a_type_without_a_stride_gives_a_token_a_patch():

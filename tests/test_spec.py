@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Literal, Optional, Union
 
 import pytest
+import torch
 
 import llava_projectors as lp
 from llava_projectors import registry
@@ -184,6 +185,19 @@ def test_scale_factor_of_the_config_counts_when_the_type_string_gives_none():
     Config.scale_factor = 7
     with pytest.raises(lp.ProjectorSpecError, match="bad value '7' for option 'scale_factor'"):
         registry.resolve("tokenpacker", Config)
+
+
+def test_a_projector_that_can_be_built_nowhere_says_what_it_said_first(clean_registry):
+    """Without storage; with it, its error may be another."""
+
+    @lp.register_projector("nowhere")
+    class Nowhere(lp.Projector):
+        def __init__(self, mm_hidden_size, hidden_size):
+            super().__init__(mm_hidden_size, hidden_size, None, 1)
+            raise RuntimeError(f"not on {torch.empty(0).device}")
+
+    with pytest.raises(RuntimeError, match="^not on meta$"):
+        registry.resolve("nowhere").build_empty(8, 16)
 
 
 def test_types_of_other_distributions(installed_distribution):

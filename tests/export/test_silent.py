@@ -365,6 +365,20 @@ def test_newer_settings_of_the_towers_processor_are_not_handed_on(checkpoint, ti
     refused(folder, "preprocessor_config.json has rescale_factor 0.5, not 1/255")
 
 
+@pytest.mark.parametrize("name", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_step_that_the_towers_processor_does_not_name_is_done(checkpoint, tiny, tmp_path, refused, name):
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny.coarse_tower, tower)
+    file = tower / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    del settings[name]
+    file.write_text(json.dumps(settings))
+    folder = checkpoint(mm_vision_tower=str(tower))
+    export_checkpoint(str(folder), tmp_path / "out")
+    edit(file, **{name: False})
+    refused(folder, f"preprocessor_config.json has {name} False")
+
+
 def test_a_tower_whose_pictures_are_larger_than_its_tiles(checkpoint, tiny, tmp_path):
     """LLaVA's `anyres` squeezes the picture to the side that the tower's processor resizes to, not to the tile's."""
     tower = tmp_path / "tower"
