@@ -103,6 +103,8 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
 
 def _our_type(config: Mapping[str, Any], source: Path) -> str:
     type_string = config.get("mm_projector_type")
+    if "image_layout" in config:
+        raise ExportError(f"{source} is an exported folder already: name the checkpoint that it was made from")
     if type_string is None:
         raise ExportError(f"{source} has no projector: its config.json has no mm_projector_type")
     if registration.LLAVA_TYPE_PATTERN.fullmatch(type_string):

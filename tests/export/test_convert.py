@@ -417,6 +417,11 @@ def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path,
     torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_an_exported_folder_is_not_exported_again(checkpoint, tmp_path, refused):
+    export_checkpoint(str(checkpoint()), tmp_path / "first")
+    refused(tmp_path / "first", "first is an exported folder already")
+
+
 def test_a_trained_tower_that_the_checkpoint_lacks_is_not_replaced(checkpoint, refused):
     """By the tower that it was trained from."""
     folder = checkpoint(unfreeze_mm_vision_tower=True)
