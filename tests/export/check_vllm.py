@@ -7,6 +7,7 @@ path, vLLM finds the plugin; without it, vLLM's transformers backend runs the fo
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -52,7 +53,12 @@ def cases_of(name):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_llava_says(name, way, tmp_path):
-    command = [sys.executable, HERE / "ask_vllm.py", EXPORTED / name, EXPORTED / f"{name}.pt"]
+    assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path)
+
+
+def assert_equal(folder, reference, way, tmp_path):
+    """Answers token by token, and the lengths of the prompts."""
+    command = [sys.executable, HERE / "ask_vllm.py", folder, reference]
     done = subprocess.run(
         command, env=environment(way), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
@@ -62,6 +68,34 @@ def test_it_says_what_llava_says(name, way, tmp_path):
     assert len(answers) >= 9
     for answer in answers:
         assert answer["found"] == answer["expected"]
+
+
+@pytest.fixture(scope="module")
+def made_today(tmp_path_factory):
+    """A folder that no LLaVA made -> it, and what transformers says on it in the environment of vLLM."""
+
+    @functools.cache
+    def make(kind):
+        root = tmp_path_factory.mktemp(kind)
+        reference, new = EXPORTED / "saep.pt", root / "reference.pt"
+        source = EXPORTED / "saep" if kind == "merged" else EXPORTED.parent / "started" / "saep"
+        option = ["--merge", root / "merged"] if kind == "merged" else []
+        command = [sys.executable, HERE / "ask_transformers.py", source, reference, new, *option]
+        done = subprocess.run(command, env=environment("backend"), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        before, after = ([case["answer_ids"] for case in compare.load_cases(path)] for path in (reference, new))
+        assert before != after
+        assert len({tuple(answer) for answer in after}) > 1
+        return root / "merged" if kind == "merged" else source, new
+
+    return make
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["merged", "new projector"])
+def test_folders_of_todays_stack_are_what_transformers_says(made_today, kind, way, tmp_path):
+    """A merged LoRA adapter with a trained projector, and what `--new-projector` wrote."""
+    assert_equal(*made_today(kind), way, tmp_path)
 
 
 @contextlib.contextmanager
