@@ -35,6 +35,13 @@ def llm_input(model, **inputs):
     return received[0]
 
 
+def pad_rows(rows):
+    """Rows of token ids, as LLaVA's collator pads them: ids and mask, [rows, longest]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+
+
 def prompt(text):
     return f"A chat. USER: {text} ASSISTANT:"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from drive import llm_input
+from drive import llm_input, pad_rows
 
 import llava_projectors
 from llava_projectors import ProjectorSpecError
@@ -67,9 +67,7 @@ def test_mixed_batches_train(models, monkeypatch, projector_type, side):
     model, count = models(projector_type), COUNTS[projector_type]
     monkeypatch.setattr(model.config, "tokenizer_padding_side", side, raising=False)
     rows = [[1, IMAGE, 5, 6], [1, IMAGE, 7, IMAGE, 8, 9], [1, 9, 8, 7, 6]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    ids, mask = pad_rows(rows)
     images = [*pictures(3).split(1), torch.zeros(1, 3, 336, 336)]  # LLaVA sends zeros along with text
     images_of_row = (images[:1], images[1:3], images[3:])
     labels = torch.where(mask & (ids != IMAGE), ids, IGNORE)

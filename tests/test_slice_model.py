@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drive import llm_input
+from drive import llm_input, pad_rows
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
@@ -127,9 +127,7 @@ def test_mixed_batches_train(slice_model, monkeypatch, side):
     model = slice_model("saep:stride=4")
     monkeypatch.setattr(model.config, "tokenizer_padding_side", side, raising=False)
     rows = [[1, IMAGE, 5, 6], [1, IMAGE, 7, IMAGE, 8, 9], [1, 9, 8, 7, 6]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    ids, mask = pad_rows(rows)
     pictures = prepare(model, picture((1, 2), 1), picture((3, 1), 2), picture((1, 1), 3))
     images = [*pictures, torch.zeros(3, SIDE, SIDE)]  # LLaVA sends zeros along with text
     images_of_row = (images[:1], images[1:3], images[3:])
