@@ -336,6 +336,11 @@ def test_bad_adapters_are_errors(load, adapter, tiny, change, message):
         load(adapter(change), tiny.llm)
 
 
+def test_a_linear_layer_is_known_by_all_of_its_names():
+    assert weights.identify({"weight", "bias"}) == "linear"
+    assert weights.identify({"weight", "bias", "queries"}) is None
+
+
 def test_a_quantised_parameter_has_no_shape_to_compare():
     """bitsandbytes packs the numbers of a layer in 4 bits into one column of bytes."""
     projector = build_projector("avg_pool", 8, 16)
