@@ -259,6 +259,13 @@ def test_under_zero3_all_tiles_go_at_once(slice_model):
     assert batches == [2, 2, 2, 6]
 
 
+def test_one_line_says_what_a_picture_takes(slice_model, tokenizer, messages):
+    from llava_projectors.integration.high_resolution import complete
+
+    complete(slice_model("saep:stride=4"), tokenizer)
+    assert f" {36 + 1} to {10 * 37} visual tokens" in messages[-1]
+
+
 def test_what_the_config_says(slice_model, tokenizer):
     model = slice_model("saep:stride=4", "slice:patch_num=16,chunk_size=5")
     config = model.config
