@@ -15,6 +15,7 @@ from llava_projectors.export.start import start
 from llava_projectors.export.templates import TEMPLATES
 from llava_projectors.export.tensors import Output
 from llava_projectors.export.verify import verify
+from llava_projectors.files import read_json
 
 DESCRIPTION = (
     "Reads a LLaVA checkpoint with one of our projectors tensor by tensor, whole, projector-only or LoRA (merged), and "
@@ -54,6 +55,12 @@ def export(arguments: argparse.Namespace) -> int:
     before = done.tower.patch_side**2
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
     print(f"Its README.md says how to load and serve it, with transformers and vLLM: {output / 'README.md'}")
+    if (penalty := read_json(output / "generation_config.json").get("repetition_penalty", 1.0)) != 1.0:
+        print(
+            f"repetition_penalty {penalty} of its generation_config.json acts on the answer alone in transformers, as "
+            "in LLaVA; vLLM applies it to the prompt too",
+            file=sys.stderr,
+        )
     if not with_verification:
         return 0
     differences = verify(output, checkpoint, base, arguments.verify_python, arguments.package)

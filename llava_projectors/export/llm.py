@@ -59,11 +59,9 @@ KINDS = {
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Settings of generation that look at the tokens so far -> without effect. LLaVA's `generate` gets embeddings, so there
-# they see the answer alone; transformers and vLLM show them the prompt too.
-OF_TOKENS_SO_FAR = {
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-}  # fmt: skip
+# they see the answer alone; transformers and vLLM show them the prompt too. An exported folder's own class keeps the
+# prompt from `repetition_penalty`, which Qwen2's models have.
+OF_TOKENS_SO_FAR = {"encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
 
 
 def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, RepetitionPenaltyLogitsProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 
 from llava_projectors.registry import projector_class
@@ -132,6 +132,15 @@ class LlavaProjectorsForConditionalGeneration(WholeCheckpoint, LlavaForCondition
         self.model = LlavaProjectorsModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but `repetition_penalty` sees the answer alone: LLaVA generates from embeddings."""
+        parent: Any = super()
+        processors = parent._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor) and processor.prompt_ignore_length is None:
+                processor.prompt_ignore_length = kwargs.get("input_ids_seq_length")
+        return processors
 
 
 # By the class of transformers that each takes the place of.

@@ -191,6 +191,8 @@ def make_llm(kind, folder, **sizes):
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     model.generation_config.eos_token_id = ends
+    if kind == "llama-other":
+        model.generation_config.repetition_penalty = 10.0  # so large that answers tell; Qwen2's have 1.05 to 1.1
     model.save_pretrained(folder)
     return folder
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_projectors import ProjectorSpecError
+from llava_projectors.commands.cli import main
 from llava_projectors.export import verify
 from llava_projectors.export.convert import NEWLINE, export_checkpoint
 from llava_projectors.export.errors import ExportError
@@ -213,7 +214,19 @@ def test_verify_sees_a_lost_end_token(broken):
     assert "answers end in the tokens [7], LLaVA's in [2]" in broken.seen()
 
 
-@pytest.mark.parametrize(("name", "value", "idle"), [("repetition_penalty", 1.05, 1.0), ("no_repeat_ngram_size", 3, 0)])
+def test_the_penalty_of_qwen2s_models_is_kept(checkpoint, tmp_path, capsys):
+    """`tests/export/check_folders.py` asks models with one, where the folder's class runs."""
+    folder = checkpoint()
+    edit(folder / "generation_config.json", do_sample=True, repetition_penalty=1.05)
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert "repetition_penalty 1.05 of its generation_config.json acts on the answer alone" in capsys.readouterr().err
+    assert settings_of(tmp_path / "out", "generation_config.json")["repetition_penalty"] == 1.05
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "idle"), [("encoder_repetition_penalty", 1.05, 1.0), ("no_repeat_ngram_size", 3, 0)]
+)
 def test_settings_that_would_see_the_prompt_are_refused(checkpoint, refused, tmp_path, name, value, idle):
     """LLaVA generates from embeddings: there they see the answer alone."""
     folder = checkpoint()
