@@ -165,6 +165,61 @@ def test_a_vision_tower_named_by_a_relative_path(tiny, trained, tmp_path, monkey
     assert main(command) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "trained_with"),
+    [
+        (["tokenpacker:scale_factor=3"], "scale_factor=2 (now 3)"),
+        (["tokenpacker", "--select-layer", "-3"], "layers="),
+        (["tokenpacker:layers=1+3+5+7"], "(now 1+3+5+7)"),
+    ],
+)
+def test_check_of_an_adapter_that_was_trained_otherwise(trained, arguments, trained_with):
+    """Its weights have the shapes all the same."""
+    adapter = trained("tokenpacker").adapter / "mm_projector.bin"
+    assert "the same options and layers" in cli("check", "tokenpacker", "--adapter", str(adapter))
+    err = cli("check", *arguments, "--adapter", str(adapter), status=1, stderr=True)
+    assert "was trained with" in err
+    assert trained_with in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("mm_vision_select_layer", "-2"), ("mm_vision_select_layer", None), ("mm_vision_tower", 5)]
+)
+def test_check_quotes_a_setting_of_another_kind(trained, tmp_path, setting, value):
+    folder = tmp_path / "llava"
+    shutil.copytree(trained("saep").checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, setting: value}))
+    assert f"{folder} has {setting} {value!r} in its config.json" in cli(
+        "check", "--model-path", str(folder), status=1, stderr=True
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", ""], ["check", "saep", "--vision-tower", ""], ["check", "--model-path", ""],
+        ["export", "llava", "out", "--new-projector", ""], ["export", "llava", "out", "--vision-tower", ""],
+        ["export", "", "out"], ["export", "llava", "out", "--package", ""], ["show", "picture.jpg", "--type", ""],
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_not_one_that_was_left_out(arguments):
+    """As an unset variable of a shell gives it."""
+    assert "it is empty" in cli(*arguments, status=2, stderr=True)
+
+
+def test_plan_knows_the_layers_of_clip():
+    assert "layer 90 is out of range" in cli("plan", "--type", "saep:layers=90", status=1, stderr=True)
+    assert "above 0 and below 1e+15" in cli("plan", "--memory", "1e308", status=2, stderr=True)
+
+
+def test_a_new_projector_takes_no_other_option():
+    err = cli(
+        "export", "llava", "out", "--new-projector", "saep", "--verify", "--dtype", "float16", status=1, stderr=True
+    )
+    assert "leave out --verify, --dtype" in err
+
+
 def test_check_says_what_a_damaged_file_is(trained, tmp_path):
     folder = tmp_path / "llava-damaged"
     shutil.copytree(trained("saep").checkpoint, folder)

@@ -1,10 +1,11 @@
-"""Readers of numbers for argparse, which say what a number has to be."""
+"""Readers for argparse, which say what a value has to be."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
+
+LARGEST = 1e15
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -21,6 +22,13 @@ def at_least(least: int) -> Callable[[str], int]:
 def positive(text: str) -> float:
     """A reader of numbers above zero."""
     number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    if not 0 < number < LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and below {LARGEST:.0e}")
     return number
+
+
+def not_empty(text: str) -> str:
+    """The text; an empty one, as an unset variable of a shell gives, would count as not given."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: leave the option out, or give a value")
+    return text

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any, Optional
 
 from llava_projectors import files, registry
+from llava_projectors.commands.arguments import not_empty
 from llava_projectors.commands.tower import LLAVA_15_TOWER, builder_of, llava_15_config, refuse_lost_folder
-from llava_projectors.integration import weights
+from llava_projectors.integration import record, weights
 from llava_projectors.integration.tower import depth_and_choice, resolve_layers
 from llava_projectors.projectors.base import Projector
 from llava_projectors.spec import ProjectorSpecError, format_value
@@ -23,6 +24,9 @@ DESCRIPTION = (
 )
 VICUNA_WIDTH = 4096  # where nothing gives another
 NOT_CHECKED = "not checked: "
+Sizes = tuple[
+    Optional[int], Optional[int]
+]  # channels of a hidden state, width of the LLM; None where nothing gives one
 
 
 def check(
@@ -56,28 +60,46 @@ def check(
         tower: none given; on LLaVA-1.5's 24x24 -> 8x8, 576 -> 64 visual tokens, hidden states 12+23
     """
     config = {} if model_path is None else files.read_config(model_path)
-    type_string = type_string or config.get("mm_projector_type")
+    named: Any = config.get("mm_projector_type") if type_string is None else type_string
+    resolved = _resolve(named, config)
+    source = model_path or adapter
+    trained = config if model_path or adapter is None else weights.read_config_beside(adapter)
+    tower = _recorded_tower(trained, source) if vision_tower is None else vision_tower
+    vision = None if tower is None else _vision_config(tower)
+    select_layer = _recorded_layer(trained, source) if select_layer is None else select_layer
+    seen = _on_tower(resolved, tower, vision, select_layer, source)
+    sizes = config.get("mm_hidden_size") or getattr(vision, "hidden_size", None), config.get("hidden_size")
+    _build(resolved, *sizes)  # its options are checked where it is built
+    fits = [] if model_path is None else [_checkpoint_fits(resolved, sizes, model_path)]
+    if adapter is not None:
+        fits += _adapter_fits(resolved, sizes, adapter, vision, select_layer)
+    return [f"type: {registry.normalize(named)}", *seen, *fits]
+
+
+def _resolve(type_string: Any, config: Mapping[str, Any]) -> registry.ResolvedSpec:
     if not registry.is_registered(type_string):
         raise registry.unknown_type(type_string)
-    resolved = registry.resolve(type_string, SimpleNamespace(**config))
-    source = model_path or adapter
-    trained = weights.read_config_beside(adapter) if adapter and not model_path else config
-    tower = vision_tower or _recorded_tower(trained, source)
-    vision = None if tower is None else _vision_config(tower)
-    select_layer = trained.get("mm_vision_select_layer", -2) if select_layer is None else select_layer
-    seen = _on_tower(resolved, tower, vision, select_layer, source)
-    channels, width = config.get("mm_hidden_size") or getattr(vision, "hidden_size", None), config.get("hidden_size")
-    _build(resolved, channels, width)  # its options are checked where it is built
-    fits = _weights_fit(resolved, channels, width, model_path, adapter)
-    return [f"type: {registry.normalize(type_string)}", *seen, *fits]
+    return registry.resolve(type_string, SimpleNamespace(**config))
 
 
 def _recorded_tower(trained: Mapping[str, Any], source: Optional[str]) -> Optional[str]:
     """What the config.json of a training names, if there is one; an error where its path does not hold here."""
     tower = trained.get("mm_vision_tower")
-    if tower is not None and source is not None:
-        refuse_lost_folder(tower, source)
+    if tower is None or source is None:
+        return None
+    if not isinstance(tower, str):
+        raise ProjectorSpecError(f"{source} has mm_vision_tower {tower!r} in its config.json, which names no tower")
+    refuse_lost_folder(tower, source)
     return tower
+
+
+def _recorded_layer(trained: Mapping[str, Any], source: Optional[str]) -> int:
+    layer = trained.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
+        raise ProjectorSpecError(
+            f"{source} has mm_vision_select_layer {layer!r} in its config.json, which is no number"
+        )
+    return layer
 
 
 def _on_tower(
@@ -109,12 +131,16 @@ def _on_tower(
 
 def _grid_and_layers(resolved: registry.ResolvedSpec, vision: Any, select_layer: int) -> str:
     """`24x24 -> 12x12, 576 -> 144 visual tokens, hidden states 12+23`; errors as `_on_tower`."""
-    layers = resolve_layers(resolved, *depth_and_choice(vision.model_type, vision.num_hidden_layers, select_layer))
+    layers = _layers(resolved, vision, select_layer)
     side = vision.image_size // vision.patch_size
     after = resolved.output_side(side)
     return (
         f"{side}x{side} -> {after}x{after}, {side**2} -> {after**2} visual tokens, hidden states {format_value(layers)}"
     )
+
+
+def _layers(resolved: registry.ResolvedSpec, vision: Any, select_layer: int) -> tuple[int, ...]:
+    return resolve_layers(resolved, *depth_and_choice(vision.model_type, vision.num_hidden_layers, select_layer))
 
 
 def _vision_config(tower: str) -> Any:
@@ -125,7 +151,7 @@ def _vision_config(tower: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(tower)
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # the first and third of a JSON that is no object
         first_line = str(error).split("\n")[0]
         raise ProjectorSpecError(f"cannot read the config of the vision tower {tower}: {first_line}") from error
     config = getattr(config, "vision_config", config)
@@ -134,28 +160,36 @@ def _vision_config(tower: str) -> Any:
     return config
 
 
-def _weights_fit(
-    resolved: registry.ResolvedSpec,
-    channels: Optional[int],
-    width: Optional[int],
-    model_path: Optional[str],
-    adapter: Optional[str],
+def _checkpoint_fits(resolved: registry.ResolvedSpec, sizes: Sizes, model_path: str) -> str:
+    """A line; errors as `_compare`."""
+    _compare(resolved, sizes, model_path, weights.find_in_folder(model_path))
+    return f"checkpoint: {model_path}, every weight of the projector is there"
+
+
+def _adapter_fits(
+    resolved: registry.ResolvedSpec, sizes: Sizes, adapter: str, vision: Any, select_layer: int
 ) -> Iterator[str]:
-    """Lines about the checkpoint and the adapter, those that there are; errors as `_compare`."""
-    if model_path is not None:
-        _compare(resolved, channels, width, model_path, weights.find_in_folder(model_path))
-        yield f"checkpoint: {model_path}, every weight of the projector is there"
-    if adapter is not None:
-        _compare(resolved, channels, width, adapter, weights.read_adapter(adapter))
-        yield f"adapter: {adapter}, fits, and all its numbers are finite"
+    """Lines; raises where options or layers are others than its training's, which fit the weights all the same."""
+    projector = _compare(resolved, sizes, adapter, weights.read_adapter(adapter))
+    yield f"adapter: {adapter}, fits, and all its numbers are finite"
+    if vision is None:
+        return
+    if not weights.read_config_beside(adapter):
+        yield f"{NOT_CHECKED}what {adapter} was trained for, for want of a config.json beside it"
+        return
+    different = record.differences(adapter, projector, resolved.options, _layers(resolved, vision, select_layer))
+    if different:
+        raise files.ProjectorWeightsError(f"{adapter} {different}")
+    yield "adapter's training: the same options and layers"
 
 
-def _compare(
-    resolved: registry.ResolvedSpec, channels: Optional[int], width: Optional[int], source: str, found: weights.Found
-) -> None:
-    """Raise unless the weights are those of the type; sizes that no config gives are taken from the weights."""
-    sizes = (channels, width) if channels and width else weights.sizes_of(resolved, found.shapes, channels, width)
-    projector = _build(resolved, *(sizes or (channels, width)))
+def _compare(resolved: registry.ResolvedSpec, given: Sizes, source: str, found: weights.Found) -> Projector:
+    """The projector of these weights; raises unless they are those of the type.
+
+    Sizes that no config gives are taken from the weights.
+    """
+    sizes = given if all(given) else weights.sizes_of(resolved, found.shapes, *given)
+    projector = _build(resolved, *(sizes or given))
     expected = weights.expected_shapes(projector)
     wrong = weights.problems(expected if sizes else dict.fromkeys(expected, ()), found.shapes)
     if wrong:
@@ -164,7 +198,7 @@ def _compare(
         wrong = "no vision tower and LLM give weights of these shapes"
         cause = "They were trained with other options: pass the type string of their training."
     else:
-        return
+        return projector
     raise files.ProjectorWeightsError(f"{source} does not fit {resolved.type_string}: {wrong}. {cause}")
 
 
@@ -180,11 +214,15 @@ def _build(resolved: registry.ResolvedSpec, channels: Optional[int], width: Opti
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors check`."""
-    parser.add_argument("type", nargs="?", metavar="TYPE", help="a type string (default: the checkpoint's)")
-    parser.add_argument("--model-path", help="folder of a LLaVA checkpoint")
-    parser.add_argument("--vision-tower", help="its folder or hub name (default: the checkpoint's or adapter's)")
+    parser.add_argument(
+        "type", nargs="?", type=not_empty, metavar="TYPE", help="a type string (default: the checkpoint's)"
+    )
+    parser.add_argument("--model-path", type=not_empty, help="folder of a LLaVA checkpoint")
+    parser.add_argument(
+        "--vision-tower", type=not_empty, help="its folder or hub name (default: the checkpoint's or adapter's)"
+    )
     parser.add_argument("--select-layer", type=int, help="LLaVA's --mm_vision_select_layer (theirs, or -2)")
-    parser.add_argument("--adapter", help="an mm_projector.bin, for --pretrain_mm_mlp_adapter")
+    parser.add_argument("--adapter", type=not_empty, help="an mm_projector.bin, for --pretrain_mm_mlp_adapter")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llava_projectors.commands.arguments import not_empty
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import left_behind
@@ -38,6 +39,7 @@ def export(arguments: argparse.Namespace) -> int:
     for folder in left_behind(arguments.output):
         print(f"{folder} is of an export that was killed, or that still runs: if none does, remove it", file=sys.stderr)
     if arguments.new_projector:
+        _refuse_others(arguments)
         start(arguments.checkpoint, arguments.output, arguments.new_projector, progress=progress_bar)
         print(f"{arguments.new_projector}: a new projector, to be trained in {arguments.output}")
         return 0
@@ -68,6 +70,14 @@ def export(arguments: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
+def _refuse_others(arguments: argparse.Namespace) -> None:
+    """Raise for options that `--new-projector` would not obey."""
+    names = ("verify", "verify_python", "dtype", "model_base", "vision_tower", "conv_mode", "chat_template")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    if given:
+        raise ExportError(f"--new-projector copies the model as it is: leave out {', '.join(given)}")
+
+
 def _can_import(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
@@ -86,16 +96,21 @@ def progress_bar(outputs: Sequence[Output]) -> Iterable[Output]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors export`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of the LLaVA checkpoint")
+    parser.add_argument(
+        "checkpoint", type=not_empty, metavar="CHECKPOINT", help="folder or hub name of the LLaVA checkpoint"
+    )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make; must not exist")
     parser.add_argument(
         "--new-projector",
+        type=not_empty,
         metavar="TYPE",
         help="CHECKPOINT is one of transformers' LLaVA (llava-hf/llava-1.5-7b-hf): give it a new projector, to be "
         "trained there",
     )
-    parser.add_argument("--vision-tower", help="where its vision tower is now (default: mm_vision_tower)")
-    parser.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    parser.add_argument(
+        "--vision-tower", type=not_empty, help="where its vision tower is now (default: mm_vision_tower)"
+    )
+    parser.add_argument("--model-base", type=not_empty, help="its base model, for projector-only and LoRA checkpoints")
     parser.add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], help="of the weights (default: as they are stored)"
     )
@@ -110,10 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare with LLaVA's own answers; needs LLaVA")
     parser.add_argument(
         "--verify-python",
+        type=not_empty,
         metavar="PYTHON",
         help="interpreter with current transformers to compare in (default: this stack, from the folder's weights)",
     )
-    parser.add_argument("--package", default="llava", help="what LLaVA, or the fork, is imported as (default: llava)")
+    parser.add_argument(
+        "--package", type=not_empty, default="llava", help="what LLaVA, or the fork, is imported as (default: llava)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from llava_projectors.commands.arguments import at_least, positive
 from llava_projectors.commands.columns import print_columns
+from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.registry import build_projector, resolve
 from llava_projectors.spec import ProjectorSpecError
 
@@ -161,7 +162,9 @@ def _projector(type_string: str, llm: LlmSizes) -> tuple[int, int]:
         return PATCHES_PER_SIDE**2, 1024 * llm.width + llm.width**2 + 2 * llm.width
     with torch.device("meta"):
         projector = build_projector(type_string, 1024, llm.width)
-    tokens = resolve(type_string).output_side(PATCHES_PER_SIDE) ** 2
+    resolved = resolve(type_string)
+    resolve_layers(resolved, depth=24, select_layer=-2)  # CLIP-L has all that it reads
+    tokens = resolved.output_side(PATCHES_PER_SIDE) ** 2
     return tokens, sum(parameter.numel() for parameter in projector.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,17 @@ _TEXT = (
 )
 
 
+_NO_SUCH_ROLE = "{{ raise_exception('this conversation has no ' + message['role'] + ' at this place') }}"
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+
+
 def _two_roles(system: str) -> str:
     return _TEXT + (
         "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) }}{% else %}" + system + "{% endif %} "
         "{% for message in messages %}"
         "{% if message['role'] == 'user' %}USER: {{ text(message['content']) }} "
-        "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ text(message['content']) }}</s>{% endif %}"
+        "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ text(message['content']) }}</s>"
+        "{% elif message['role'] != 'system' or loop.index0 %}" + _NO_SUCH_ROLE + "{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 
@@ -63,9 +69,12 @@ TEMPLATES = {
     "mistral_instruct": _TEXT
     + (
         "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}[INST] {{ text(message['content']) }} [/INST]"
-        "{% elif message['role'] == 'assistant' %} {{ text(message['content']) }} </s>{% endif %}"
-        "{% endfor %}"
+        "{% if message['role'] == 'user' %}[INST] "
+        "{% if loop.index0 == 1 and messages[0]['role'] == 'system' and text(messages[0]['content']) %}"
+        "<<SYS>>\n{{ text(messages[0]['content']) }}\n<</SYS>>\n\n{% endif %}"
+        "{{ text(message['content']) }} [/INST]"
+        "{% elif message['role'] == 'assistant' %} {{ text(message['content']) }} </s>"
+        "{% elif message['role'] != 'system' or loop.index0 %}" + _NO_SUCH_ROLE + "{% endif %}{% endfor %}"
     ),
     "qwen_1_5": _chatml("You are a helpful assistant."),
     "qwen_2_5": _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
@@ -117,10 +126,7 @@ def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optiona
         ExportError: the file cannot be read, or nothing says which conversation it is.
     """
     if file is not None:
-        try:
-            return ChatTemplate(file.name, file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ExportError(f"--chat-template {file} cannot be read: {error}") from error
+        return ChatTemplate(file.name, _read(file))
     usual = next((found for end, found in USUAL.get(llm, ()) if end in tokens), None)
     chosen = name or usual
     if chosen is None:
@@ -130,6 +136,25 @@ def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optiona
             f"--conv-mode with the one that it was trained in ({', '.join(TEMPLATES)}), or --chat-template with a file"
         )
     return ChatTemplate(chosen, TEMPLATES[chosen])
+
+
+def _read(file: Path) -> str:
+    """A user's template; errors as `choose`."""
+    import jinja2  # with torch
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"--chat-template {file} cannot be read: {error}") from error
+    if not text.strip():
+        raise ExportError(f"--chat-template {file} is empty")
+    try:  # with what transformers adds to Jinja: loop controls, and marks around the assistant's words
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ExportError(
+            f"--chat-template {file} is no Jinja template: line {error.lineno}: {error.message}"
+        ) from error
+    return text
 
 
 def write_templates(template: ChatTemplate, adds_start: bool, folder: Path) -> None:

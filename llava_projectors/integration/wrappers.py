@@ -263,7 +263,7 @@ def look_at_adapter(model: Any, model_args: Any, build_tower: Function) -> None:
     resolved = registry.resolve(type_string, model.config)
     projector = resolved.build_empty(tower.hidden_size, model.config.hidden_size)
     weights.check_adapter(projector, type_string, path)
-    different = record.differences(path, projector, tower)
+    different = record.differences(path, projector, tower.projector_spec.options, tower.projector_layers)
     if different:
         log(f"WARNING: {path} {different}; its weights fit and go on as {type_string!r}")
 

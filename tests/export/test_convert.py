@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -327,6 +328,31 @@ def test_templates_are_llavas_conversations(trained, tmp_path, name):
             assert text == conversation.get_prompt()
     tokenizer.chat_template = (tmp_path / "out" / "chat_template_vllm.jinja").read_text()
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == f"<s>{text}"
+
+
+def test_the_system_message_of_mistrals_conversation(trained, tmp_path):
+    from llava.conversation import conv_templates
+    from transformers import PreTrainedTokenizerFast
+
+    export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out", conversation="mistral_instruct")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    tokenizer.chat_template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    conversation = conv_templates["mistral_instruct"].copy()
+    conversation.system = "Answer in French."
+    conversation.append_message(conversation.roles[0], "What is this?")
+    conversation.append_message(conversation.roles[1], None)
+    messages = [{"role": "system", "content": conversation.system}, {"role": "user", "content": "What is this?"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == conversation.get_prompt()
+    with pytest.raises(jinja2.TemplateError, match="has no tool"):
+        tokenizer.apply_chat_template([*messages, {"role": "tool", "content": "x"}], tokenize=False)
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("{{% for", "is no Jinja template: line 1")])
+def test_a_template_that_is_none(trained, tmp_path, text, said):
+    file = tmp_path / "mine.jinja"
+    file.write_text(text)
+    with pytest.raises(ExportError, match=said):
+        export_checkpoint(str(trained("saep").checkpoint), tmp_path / "out", chat_template=file)
 
 
 # Other towers and LLMs

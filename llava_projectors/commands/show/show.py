@@ -11,6 +11,7 @@ from typing import Optional
 
 from PIL.Image import Image
 
+from llava_projectors.commands.arguments import not_empty
 from llava_projectors.commands.show.draw import draw
 from llava_projectors.commands.show.models import Model, random_model, trained_model
 from llava_projectors.commands.show.page import page
@@ -97,13 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="picture of any size and kind")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--type", help="a type string, with random weights (saep); the picture is cropped to its central square"
+        "--type",
+        type=not_empty,
+        help="a type string, with random weights (saep); the picture is cropped to its central square",
     )
     weights.add_argument(
         "--model-path",
+        type=not_empty,
         help="a trained LLaVA checkpoint with one of our projectors; the picture is padded or cropped as it says",
     )
-    parser.add_argument("--model-base", help="its base model, for projector-only and LoRA checkpoints")
+    parser.add_argument("--model-base", type=not_empty, help="its base model, for projector-only and LoRA checkpoints")
     parser.add_argument(
         "--tiles",
         type=int,
