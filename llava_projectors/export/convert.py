@@ -371,7 +371,9 @@ def _write_settings(
         travels_not = str(reason)
     write_processor(export.layout, export.tower, folder, travels_not is None)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation_config(export.checkpoint.llm, export.text_config))
+    checkpoint = export.checkpoint
+    generation = generation_config(checkpoint.llm, export.text_config, checkpoint.config, checkpoint.source)
+    write_json(folder / "generation_config.json", generation)
     return config, travels_not
 
 

@@ -58,10 +58,25 @@ KINDS = {
 
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Settings of generation that look at the tokens so far -> without effect. LLaVA's `generate` gets embeddings, so there
-# they see the answer alone; transformers and vLLM show them the prompt too. An exported folder's own class keeps the
-# prompt from `repetition_penalty`, which Qwen2's models have.
-OF_TOKENS_SO_FAR = {"encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0}
+# Settings of generation that look at the tokens so far, or count them -> without effect. LLaVA's `generate` gets
+# embeddings, so there they see the answer alone; transformers and vLLM show them the prompt too. An exported folder's
+# own class keeps the prompt from `repetition_penalty`, which Qwen2's models have.
+OF_TOKENS_SO_FAR = {
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0,
+    "forced_bos_token_id": None, "forced_decoder_ids": None, "begin_suppress_tokens": None, "guidance_scale": 1.0,
+    "penalty_alpha": 0.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+}  # fmt: skip
+# `max_length` counts the prompt too. From here on it is the length of the context, which the files of LLMs have there.
+LONG, USUAL_LENGTH = 2048, 20
+# What transformers 4.37 takes from `config.json` where there is no `generation_config.json`, if it is not the usual.
+OF_MODEL_CONFIG = {
+    **OF_TOKENS_SO_FAR, "guidance_scale": None, "penalty_alpha": None, "max_length": USUAL_LENGTH,
+    "max_new_tokens": None, "min_new_tokens": None, "max_time": None, "early_stopping": False, "do_sample": False,
+    "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "bad_words_ids": None,
+    "renormalize_logits": False, "forced_eos_token_id": None, "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None, "suppress_tokens": None, "sequence_bias": None,
+}  # fmt: skip
 
 
 def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -140,12 +155,14 @@ def _version(text: Any) -> tuple[int, ...]:
         return (0,)
 
 
-def generation_config(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(folder: Path, text: Mapping[str, Any], config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """What the exported `generation_config.json` holds: as LLaVA's own model generates, with all of its end tokens.
 
     Args:
         folder: that LLaVA's loader takes the LLM from.
         text: the LLM's config, from which the tokens are taken where the folder has no such file.
+        config: of the checkpoint, from which all else is taken then.
+        source: the checkpoint, for messages.
 
     Raises:
         ExportError: a setting that would act on the prompt too.
@@ -153,13 +170,12 @@ def generation_config(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
     """
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     path = folder / "generation_config.json"
-    found = read_json(path) if path.is_file() else {}
-    for name, idle in OF_TOKENS_SO_FAR.items():
-        if found.get(name) not in (None, idle):
-            raise ExportError(
-                f"{path} has {name} {found[name]!r}: in LLaVA it acts on the answer, in transformers and vLLM on the "
-                f"prompt too. Set it to {idle!r} to export without it; LLaVA then answers without it as well"
-            )
+    if path.is_file():
+        found = read_json(path)
+    else:
+        path = source / "config.json"
+        found = {name: config[name] for name, usual in OF_MODEL_CONFIG.items() if config.get(name, usual) != usual}
+    _refuse_settings_of_the_prompt(found, path)
     settings = {name: text.get(name) for name in tokens} | found
     for name in ("transformers_version", "_from_model_config"):
         settings.pop(name, None)
@@ -168,6 +184,20 @@ def generation_config(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
         for name in SAMPLING:
             settings.pop(name, None)
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _refuse_settings_of_the_prompt(found: Mapping[str, Any], path: Path) -> None:
+    """Raise for settings of generation that act on the answer in LLaVA, and on the prompt too elsewhere."""
+    active = [name for name, idle in OF_TOKENS_SO_FAR.items() if found.get(name) not in (None, idle)]
+    if any(len(ids) > 1 for ids in found.get("bad_words_ids") or ()):  # the first of them may end the prompt
+        active.append("bad_words_ids")
+    if (found.get("max_length") or LONG) < LONG and found["max_length"] != USUAL_LENGTH:
+        active.append("max_length")
+    for name in active:
+        raise ExportError(
+            f"{path} has {name} {found[name]!r}: LLaVA generates from embeddings, where it does not see the prompt; in "
+            "transformers and vLLM it does. Remove it to export without it; LLaVA then answers without it as well"
+        )
 
 
 def end_tokens(ids: Any) -> frozenset[int]:

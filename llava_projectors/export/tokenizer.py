@@ -8,7 +8,8 @@ and loaded as a plain `PreTrainedTokenizerFast`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from llava_projectors.export.folders import write_json
 from llava_projectors.files import read_json
 
 IMAGE_TOKEN = "<image>"
+# Of the prompts that tokenizers are compared on.
+WORDS = (
+    "the", "what", "picture", "show?", "<image>", "<image>\n", "\n", "\n\n", "  ", "\t", "USER:", "ASSISTANT:", "höhe",
+    "日本", "🙂", ",a", "123", "4567.8", "don't", "I'LL", "e\u0301", "#!", "_x", "ﬁ½",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     is_rebuilt = (source / "tokenizer.model").is_file()
     usual = {"add_bos_token": True, "add_eos_token": False} if is_rebuilt else {}  # of Llama's slow tokenizer
     _refuse_other_ends(tokenizer, {**usual, **settings}, adds_start, source)
+    trained = _trained_tokenizer(source, settings)
+    if trained is not None:
+        _refuse_other_tokens(tokenizer, special, trained, source)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(target / "tokenizer.json"))
     written = {
@@ -132,6 +141,60 @@ def _refuse_other_ends(tokenizer: Any, settings: Mapping[str, Any], adds_start: 
             )
 
 
+def _trained_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer that LLaVA's loader takes from a folder; None where this transformers has no slow ones."""
+    import transformers
+
+    if not issubclass(transformers.LlamaTokenizer, transformers.PreTrainedTokenizer):  # transformers 5
+        return None
+    if "tokenizer_class" in settings:
+        loader: Any = transformers.AutoTokenizer
+    elif (source / "tokenizer.model").is_file():
+        loader = transformers.LlamaTokenizer
+    else:
+        return None  # LLaVA goes by a model_type that only its own code knows
+    try:
+        return loader.from_pretrained(source, use_fast=False, local_files_only=True)
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise ExportError(f"LLaVA cannot load the tokenizer of {source}: {error}. Copy it from the base LLM") from error
+
+
+def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], trained: Any, source: Path) -> None:
+    """Raise where LLaVA's tokenizer has other special or added tokens, or splits text otherwise."""
+    ours = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    theirs = trained.get_added_vocab()
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            raise ExportError(
+                f"the tokenizer of {source} has the token {token!r}, which LLaVA's gives the id {theirs.get(token)} "
+                f"and the exported one {ours.get(token)}: its tokenizer_config.json, special_tokens_map.json and "
+                "vocabulary disagree. Remove it where it is named, or copy the tokenizer from the base LLM"
+            )
+    named = trained.special_tokens_map
+    for name in ("bos_token", "eos_token", "unk_token"):
+        if named.get(name, special.get(name)) != special.get(name):
+            raise ExportError(
+                f"{source} has {name} {named[name]!r} in LLaVA, and {special.get(name)!r} by its "
+                "tokenizer_config.json: name it there"
+            )
+    # What follows a special token is another rule in "legacy: false"; the card says so.
+    words = WORDS if getattr(trained, "legacy", None) is False else [*WORDS, *sorted(theirs)]
+    for prompt in prompts_of(words, 200):
+        if tokenizer.encode(prompt).ids != trained(prompt).input_ids:
+            raise ExportError(
+                f"LLaVA splits {prompt!r} otherwise than an exported tokenizer would: the settings of {source} "
+                f"({type(trained).__name__}) cannot be exported. Copy the tokenizer from the base LLM"
+            )
+
+
+def prompts_of(words: Sequence[str], count: int) -> Iterator[str]:
+    """The same random prompts each time, of words with and without spaces between them."""
+    generator = random.Random(0)
+    for _ in range(count):
+        picked = generator.choices(words, k=12)
+        yield "A chat. USER: " + "".join(word + " " * generator.randrange(2) for word in picked)
+
+
 def spaces_differ(source: Path) -> bool:
     """Whether LLaVA's tokenizer gives no space behind special tokens, as the exported one does."""
     is_rebuilt = (source / "tokenizer.model").is_file()
@@ -147,8 +210,6 @@ def from_sentencepiece(path: Path) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    if "".join(model.encode("a  b", out_type=str)) != "▁a▁▁b":
-        raise ExportError(f"{path} changes spaces otherwise than Llama's tokenizer, whose rules the export knows")
     pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
     ids = {piece: number for number, piece in enumerate(pieces)}
     unknown = pieces[model.unk_id()]
@@ -157,6 +218,7 @@ def from_sentencepiece(path: Path) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    _refuse_other_rules(tokenizer, model, path)
     control = [piece for number, piece in enumerate(pieces) if model.is_control(number) or number == model.unk_id()]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     begin = pieces[model.bos_id()]
@@ -164,6 +226,23 @@ def from_sentencepiece(path: Path) -> Any:
         single=f"{begin}:0 $A:0", pair=f"{begin}:0 $A:0 {begin}:1 $B:1", special_tokens=[(begin, model.bos_id())]
     )
     return tokenizer
+
+
+def _refuse_other_rules(tokenizer: Any, model: Any, path: Path) -> None:
+    """Raise for a sentencepiece model that is no BPE, changes characters or has symbols of its user's."""
+    pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
+    ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
+    ids = {pieces[number]: number for number in ordinary}
+    letters = [piece for piece in ids if piece.isascii() and piece.isalpha()]
+    whole = [piece for piece in ids if len(piece) > 1 and not _pairs(piece, ids)]  # BPE makes each of two others
+    generator = random.Random(0)
+    glued = [" ".join("".join(generator.choices(letters, k=3)) for _ in range(12)) for _ in range(50) if letters]
+    for text in ("a  b", *whole, *glued, *prompts_of(WORDS, 50)):
+        if tokenizer.encode(text).ids != model.encode(text):
+            raise ExportError(
+                f"{path} splits {text!r} otherwise than the BPE of Llama's tokenizer, whose rules the export knows: "
+                "a unigram model, user-defined symbols or a normaliser cannot be exported"
+            )
 
 
 def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
@@ -196,6 +275,8 @@ def _added_tokens(source: Path, settings: Mapping[str, Any]) -> dict[int, Any]:
         )
         for number, token in settings.get("added_tokens_decoder", {}).items()
     }
+    if "added_tokens_decoder" in settings:
+        return added  # transformers reads no added_tokens.json then
     for content, number in _read_json(source / "added_tokens.json").items():
         added.setdefault(number, AddedToken(content, normalized=False, special=True))
     return added

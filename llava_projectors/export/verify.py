@@ -11,7 +11,6 @@ import importlib
 import inspect
 import json
 import os
-import random
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -27,6 +26,7 @@ import torch
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.llm import LLMS, SAMPLING, end_tokens
+from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
 from llava_projectors.integration.loader import load, name_for
 from llava_projectors.registry import projector_class
@@ -36,11 +36,6 @@ from llava_projectors.slicing import is_slice, to_tiles, to_whole
 
 Case = dict[str, Any]
 TOLERANCE = 1e-4  # of the largest logit, in float32 with weights rounded alike on both sides
-# Of the prompts that tokenizers are compared on.
-WORDS = (
-    "the", "what", "picture", "show?", "<image>", "<image>\n", "\n", "\n\n", "  ", "\t", "USER:", "ASSISTANT:", "höhe",
-    "日本", "🙂", ",a", "123", "4567.8", "don't", "I'LL", "e\u0301", "#!", "_x",
-)  # fmt: skip
 PROMPT = "A chat. USER: {images}{question} ASSISTANT:"
 
 
@@ -418,15 +413,13 @@ def different_tokens(folder: Path, tokenizer: Any, package: str, count: int = 10
     tools = importlib.import_module(f"{package}.mm_utils")
     exported = PreTrainedTokenizerFast.from_pretrained(folder)
     image = exported.convert_tokens_to_ids("<image>")
-    generator = random.Random(0)
     # The exported tokenizer knows one rule for what follows a special token; the card says where LLaVA's is another.
     has_other_rule = getattr(tokenizer, "legacy", None) is False
     # LLaVA's loader adds `<im_patch>`, with a random row, to a checkpoint that does not say whether it has one.
-    added = tokenizer.get_added_vocab().keys() - {"<im_patch>"}
-    words = WORDS if has_other_rule else [*WORDS, *tokenizer.all_special_tokens, *sorted(added)]
-    for _ in range(count):
-        picked = generator.choices(words, k=12)
-        prompt = "A chat. USER: " + "".join(word + " " * generator.randrange(2) for word in picked)
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    added -= {"<im_patch>"} - exported.get_vocab().keys()
+    words = WORDS if has_other_rule else [*WORDS, *sorted(added)]
+    for prompt in prompts_of(words, count):
         expected = tools.tokenizer_image_token(prompt, tokenizer, image)
         if exported(prompt).input_ids != expected:
             yield f"the prompt {prompt!r} is other tokens in the folder than in LLaVA"

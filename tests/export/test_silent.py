@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -225,15 +226,41 @@ def test_the_penalty_of_qwen2s_models_is_kept(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "idle"), [("encoder_repetition_penalty", 1.05, 1.0), ("no_repeat_ngram_size", 3, 0)]
+    ("name", "value", "idle"),
+    [
+        ("encoder_repetition_penalty", 1.05, 1.0),
+        ("no_repeat_ngram_size", 3, 0),
+        ("min_length", 40, 0),
+        ("max_length", 30, 4096),
+        ("forced_bos_token_id", 77, None),
+        ("begin_suppress_tokens", [287], None),
+        ("guidance_scale", 1.5, 1.0),
+        ("penalty_alpha", 0.6, 0.0),
+        ("num_beam_groups", 2, 1),
+        ("bad_words_ids", [[29, 30]], [[29]]),
+    ],
 )
 def test_settings_that_would_see_the_prompt_are_refused(checkpoint, refused, tmp_path, name, value, idle):
     """LLaVA generates from embeddings: there they see the answer alone."""
     folder = checkpoint()
     edit(folder / "generation_config.json", **{name: value})
-    refused(folder, f"has {name} {value}: in LLaVA it acts on the answer, .*Set it to {idle}")
+    refused(folder, f"generation_config.json has {name} {re.escape(str(value))}: LLaVA generates from embeddings")
     edit(folder / "generation_config.json", **{name: idle})
     export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+def test_settings_of_generation_in_the_models_config(checkpoint, refused, tmp_path):
+    """Transformers takes them from there where there is no generation_config.json."""
+    folder = checkpoint(repetition_penalty=1.5, suppress_tokens=[2, 300], max_length=4096, no_repeat_ngram_size=2)
+    refuses = "has no_repeat_ngram_size 2: LLaVA generates from embeddings"
+    edit(folder / "config.json", no_repeat_ngram_size=2)
+    (folder / "generation_config.json").unlink()
+    refused(folder, f"llava-copy.config.json {refuses}")
+    edit(folder / "config.json", no_repeat_ngram_size=0)
+    export_checkpoint(str(folder), tmp_path / "out")
+    written = settings_of(tmp_path / "out", "generation_config.json")
+    assert (written["repetition_penalty"], written["suppress_tokens"]) == (1.5, [2, 300])
     assert verify.verify(tmp_path / "out", str(folder), None) == []
 
 
@@ -309,6 +336,72 @@ def test_a_fast_tokenizer_that_its_settings_contradict_is_refused(tmp_path, name
     edit(folder / "tokenizer_config.json", **{name: True})
     with pytest.raises(ExportError, match=f"has {name} True, and its tokenizer puts none there: only False"):
         export_tokenizer(folder, tmp_path)
+
+
+# Tokenizers that LLaVA's stack reads otherwise
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "unigram"},
+        {"user_defined_symbols": ["<|mine|>"]},
+        {"control_symbols": ["<|mine|>"]},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"normalization_rule_name": "nfkc_cf"},
+    ],
+    ids=str,
+)
+def test_sentencepiece_models_of_other_rules_are_refused(checkpoint, refused, settings):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = checkpoint()
+    usual = {
+        "model_type": "bpe", "vocab_size": 470, "character_coverage": 1.0, "byte_fallback": True, "minloglevel": 2,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False,
+    }  # fmt: skip
+    text = inspect.getsource(verify).splitlines()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), **{**usual, **settings}
+    )
+    refused(folder, "otherwise than the BPE of Llama's tokenizer|the token '<|mine|>', which LLaVA's gives the id None")
+
+
+def test_added_tokens_that_llava_ignores_are_not_exported(checkpoint, tmp_path):
+    """`added_tokens_decoder` goes before the file."""
+    folder = checkpoint()
+    (folder / "added_tokens.json").write_text(json.dumps({"<|mine|>": 480}))
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "token"),
+    [
+        ("tokenizer_config.json", {"pad_token": "[PAD]"}, "[PAD]"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|extra|>"]}, "<|extra|>"),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}, "<|extra|>"),
+        ("special_tokens_map.json", {"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        ("tokenizer_config.json", {"tokenizer_class": "CodeLlamaTokenizer"}, ""),
+        ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": True, "nbest_size": -1, "alpha": 0.5}}, ""),
+    ],
+)
+def test_tokens_that_llavas_tokenizer_adds_by_itself_are_refused(checkpoint, refused, file, change, token):
+    folder = checkpoint()
+    if file == "special_tokens_map.json":  # else the other file goes before it
+        settings = settings_of(folder, "tokenizer_config.json")
+        for name in ("added_tokens_decoder", *change):
+            settings.pop(name, None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit(folder / file, **change)
+    refused(folder, f"has the token '{re.escape(token)}|LLaVA splits" if token else "has the token '|LLaVA splits")
+
+
+@pytest.mark.parametrize("says", [True, None])
+def test_verify_leaves_out_the_token_that_llavas_loader_adds(checkpoint, tmp_path, says):
+    """`<im_patch>`, which no prompt has."""
+    folder = checkpoint(mm_use_im_patch_token=says)
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
 
 
 # Numbers that are none
