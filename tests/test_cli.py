@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -303,7 +304,9 @@ def test_ctrl_c_stops_the_demo_and_its_runs(tmp_path, can_train, receiver):
     """In a terminal all processes of the group are interrupted, elsewhere the command alone."""
     command = [sys.executable, "-m", "llava_projectors", "demo", "--output", str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd="/", start_new_session=True, **pipes) as demo:
+    # What a shell starts in the background, CI perhaps, ignores Ctrl-C, and so would all that it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd="/", start_new_session=True, preexec_fn=heed, **pipes) as demo:
         for line in demo.stdout:
             if "pretraining" in line:
                 break
