@@ -156,11 +156,21 @@ def _trained_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
     try:
         return loader.from_pretrained(source, use_fast=False, local_files_only=True)
     except Exception as error:  # the libraries raise a dozen kinds
-        raise ExportError(f"LLaVA cannot load the tokenizer of {source}: {error}. Copy it from the base LLM") from error
+        reason = " ".join(str(error).split())
+        raise ExportError(
+            f"LLaVA cannot load the tokenizer of {source}: {reason}. Copy it from the base LLM"
+        ) from error
 
 
 def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], trained: Any, source: Path) -> None:
     """Raise where LLaVA's tokenizer has other special or added tokens, or splits text otherwise."""
+    named = trained.special_tokens_map
+    for name in ("bos_token", "eos_token", "unk_token"):
+        if named.get(name, special.get(name)) != special.get(name):
+            raise ExportError(
+                f"{source} has {name} {named[name]!r} in LLaVA, and {special.get(name)!r} by its "
+                "tokenizer_config.json: name it there"
+            )
     ours = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
     theirs = trained.get_added_vocab()
     for token in sorted(ours.keys() | theirs.keys()):
@@ -169,13 +179,6 @@ def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], trained: An
                 f"the tokenizer of {source} has the token {token!r}, which LLaVA's gives the id {theirs.get(token)} "
                 f"and the exported one {ours.get(token)}: its tokenizer_config.json, special_tokens_map.json and "
                 "vocabulary disagree. Remove it where it is named, or copy the tokenizer from the base LLM"
-            )
-    named = trained.special_tokens_map
-    for name in ("bos_token", "eos_token", "unk_token"):
-        if named.get(name, special.get(name)) != special.get(name):
-            raise ExportError(
-                f"{source} has {name} {named[name]!r} in LLaVA, and {special.get(name)!r} by its "
-                "tokenizer_config.json: name it there"
             )
     # What follows a special token is another rule in "legacy: false"; the card says so.
     words = WORDS if getattr(trained, "legacy", None) is False else [*WORDS, *sorted(theirs)]

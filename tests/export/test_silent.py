@@ -380,7 +380,6 @@ def test_added_tokens_that_llava_ignores_are_not_exported(checkpoint, tmp_path):
         ("tokenizer_config.json", {"pad_token": "[PAD]"}, "[PAD]"),
         ("tokenizer_config.json", {"additional_special_tokens": ["<|extra|>"]}, "<|extra|>"),
         ("special_tokens_map.json", {"additional_special_tokens": ["<|extra|>"]}, "<|extra|>"),
-        ("special_tokens_map.json", {"eos_token": "<|im_end|>"}, "<|im_end|>"),
         ("tokenizer_config.json", {"tokenizer_class": "CodeLlamaTokenizer"}, ""),
         ("tokenizer_config.json", {"sp_model_kwargs": {"enable_sampling": True, "nbest_size": -1, "alpha": 0.5}}, ""),
     ],
@@ -393,7 +392,17 @@ def test_tokens_that_llavas_tokenizer_adds_by_itself_are_refused(checkpoint, ref
             settings.pop(name, None)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     edit(folder / file, **change)
-    refused(folder, f"has the token '{re.escape(token)}|LLaVA splits" if token else "has the token '|LLaVA splits")
+    refused(folder, f"has the token '{re.escape(token)}'" if token else "has the token '|LLaVA splits")
+
+
+def test_an_end_token_that_only_llavas_tokenizer_has_is_refused(checkpoint, refused):
+    folder = checkpoint()
+    settings = settings_of(folder, "tokenizer_config.json")
+    for name in ("added_tokens_decoder", "eos_token"):
+        del settings[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit(folder / "special_tokens_map.json", eos_token="<|im_end|>")
+    refused(folder, "has eos_token '<|im_end|>' in LLaVA, and '</s>' by its tokenizer_config.json".replace("|", "[|]"))
 
 
 @pytest.mark.parametrize("says", [True, None])
