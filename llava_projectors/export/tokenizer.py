@@ -157,9 +157,7 @@ def _trained_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
         return loader.from_pretrained(source, use_fast=False, local_files_only=True)
     except Exception as error:  # the libraries raise a dozen kinds
         reason = " ".join(str(error).split())
-        raise ExportError(
-            f"LLaVA cannot load the tokenizer of {source}: {reason}. Copy it from the base LLM"
-        ) from error
+        raise ExportError(f"LLaVA cannot load the tokenizer of {source}: {reason}. Copy the base LLM's") from error
 
 
 def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], trained: Any, source: Path) -> None:
