@@ -206,7 +206,9 @@ def _indexed_tensors(index: Path) -> dict[str, StoredTensor]:
             raise ProjectorWeightsError(
                 f"{index} says that {name} has {key!r}, but it has not; copy the checkpoint again"
             )
-    return {key: tensors[name][key] for key, name in shard_of.items()}
+    # transformers loads every shard whole, in this order: of two that hold a tensor, the last one counts.
+    loaded = {key: tensor for name in shards for key, tensor in tensors[name].items()}
+    return {key: loaded[key] for key in shard_of}
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

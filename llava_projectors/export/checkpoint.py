@@ -152,9 +152,32 @@ def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
     """Weight name -> what the adapter adds to it.
 
     Raises:
-        ExportError: a kind of adapter that would be merged in another way.
+        ExportError: a kind of adapter that would be merged in another way, or one that does not fit its base or its
+            own settings.
     """
-    scale = _lora_scale(source / "adapter_config.json")
+    path = source / "adapter_config.json"
+    settings = files.read_json(path)
+    scale = _lora_scale(path, settings)
+    targets = _lora_targets(path, settings)
+    pairs = _lora_pairs(source, tensors)
+    for weight, pair in pairs.items():
+        if not targets.fullmatch(weight.removesuffix(".weight")):
+            raise ExportError(
+                f"{path} has target_modules {settings['target_modules']!r}, and the adapter has weights for {weight}, "
+                "which LLaVA would not load: copy the adapter and its config from one run"
+            )
+        (rows, columns), rank = tensors[weight].shape, settings["r"]
+        expected, found = {"A": (rank, columns), "B": (rows, rank)}, {part: pair[part].shape for part in "AB"}
+        if found != expected:
+            raise ExportError(
+                f"{pair['A'].path} has LoRA weights of the shapes {found} for {weight}; its base and r {rank!r} of "
+                f"{path.name} need {expected}: pass the base that it was trained on, and the config of its run"
+            )
+    return {weight: LoraDelta(pair["A"], pair["B"], scale) for weight, pair in pairs.items()}
+
+
+def _lora_pairs(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Name of a matrix of the base -> the adapter's `A` and `B` for it."""
     names = ("adapter_model.safetensors", "adapter_model.bin")
     path = next((source / name for name in names if (source / name).is_file()), None)
     if path is None:
@@ -165,20 +188,36 @@ def _lora_deltas(source: Path, tensors: Mapping[str, StoredTensor]) -> dict[str,
         if found is None:
             raise ExportError(f"{path} holds {key!r}, which is no LoRA weight")
         parts.setdefault(f"{found[1]}.weight", {})[found[2]] = stored
+    if not parts:
+        raise ExportError(f"{path} holds no LoRA weights: copy it again, or export the base by itself")
     for weight, pair in parts.items():
-        if weight not in tensors or pair.keys() != {"A", "B"}:
+        if weight not in tensors or len(tensors[weight].shape) != 2 or pair.keys() != {"A", "B"}:
             raise ExportError(f"{path} does not fit its base: {weight} has no match for {', '.join(pair)}")
-    return {weight: LoraDelta(pair["A"], pair["B"], scale) for weight, pair in parts.items()}
+    return parts
 
 
-def _lora_scale(path: Path) -> float:
+def _lora_targets(path: Path, settings: Mapping[str, Any]) -> re.Pattern[str]:
+    """The modules that peft puts an adapter's weights into: a list of last parts of names, or an expression."""
+    targets = settings.get("target_modules")
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        return re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})")
+    try:
+        return re.compile(targets)  # type: ignore[arg-type]
+    except (re.error, TypeError):
+        raise ExportError(
+            f"{path} has target_modules {targets!r}, not the names of modules: copy the config of the adapter's run"
+        ) from None
+
+
+def _lora_scale(path: Path, settings: Mapping[str, Any]) -> float:
     """By what the product of an adapter's weights is multiplied.
 
     Raises:
-        ExportError: a kind of adapter that would be merged in another way.
+        ExportError: a kind of adapter that would be merged in another way, or no numbers.
     """
-    settings = files.read_json(path)
     strange = [f"{name}={settings[name]}" for name in OTHER_MERGES if settings.get(name)]
+    if settings.get("layers_to_transform") is not None:  # 0 is a layer
+        strange.append(f"layers_to_transform={settings['layers_to_transform']}")
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start != "gaussian":  # they change the base's own weights
         strange.append(f"init_lora_weights={start}")
@@ -187,4 +226,10 @@ def _lora_scale(path: Path) -> float:
             f"{path} asks for {', '.join(strange) or settings.get('peft_type')}, which LLaVA's scripts do not train; "
             "merge it with peft and export the merged checkpoint"
         )
-    return float(settings["lora_alpha"] / settings["r"])
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise ExportError(
+            f"{path} has r {rank!r} and lora_alpha {alpha!r}, not a rank of at least 1 and a number: copy the config "
+            "of the adapter's run"
+        )
+    return float(alpha / rank)

@@ -159,7 +159,8 @@ def plan_weights(export: Export, tokenizer: Exported) -> list[Output]:
         projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
         llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM")
         tower_shapes = model_shapes(export.tower.config, "AutoModel")
-    projector_weights = {name: source.pop(key) for name, key in files.projector_keys(source).items()}
+    ours = [key for key in source if key.startswith(weights.PLACE)]
+    projector_weights = {key.removeprefix(weights.PLACE): source.pop(key) for key in ours}
     _check_projector(export, projector, projector_weights)
     tower = tower_weights(export.tower, export.checkpoint, tower_shapes)
     llm = {key: weight for key, weight in source.items() if not key.startswith(OWN)}
@@ -192,6 +193,7 @@ def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shape
     check_whole(found, {**shapes, **dict.fromkeys(tables, ())}, str(checkpoint.source))
     rows = -(-tokenizer.count // ROW_MULTIPLE) * ROW_MULTIPLE
     known = tokenizer.image if tokenizer.image == tokenizer.count - 1 else tokenizer.count
+    _refuse_other_rows(checkpoint, {key: (found[key].shape[0], shapes[key][0]) for key in tables}, known)
     outputs = []
     for key, weight in found.items():
         name = key if key == head else f"model.language_model.{key.removeprefix('model.')}"
@@ -200,6 +202,21 @@ def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shape
         else:
             outputs.append(Output(name, weight.shape, weight.read))
     return outputs
+
+
+def _refuse_other_rows(checkpoint: Checkpoint, rows: Mapping[str, tuple[int, int]], tokens: int) -> None:
+    """Raise unless the tables have the rows (found, expected) that LLaVA loads, one at least for each token."""
+    for key, (found, expected) in rows.items():
+        if found != expected:
+            raise ExportError(
+                f"{checkpoint.llm} has {found} rows in {key}, and the config.json of {checkpoint.source} has "
+                f"vocab_size {expected}, with which LLaVA does not load it: copy weights and config from one run"
+            )
+        if found < tokens:
+            raise ExportError(
+                f"{checkpoint.llm} has {found} rows in {key}, and its tokenizer has {tokens} tokens: copy the "
+                "tokenizer that the model was trained with"
+            )
 
 
 def model_shapes(config: Mapping[str, Any], auto_class: str) -> weights.Shapes:

@@ -577,7 +577,7 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tiny, tmp_path, refuse
     folder = tmp_path / "llava-lora"
     shutil.copytree(trained("saep").adapter, folder)
     (folder / "mm_projector.bin").rename(folder / "non_lora_trainables.bin")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     key = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     torch.save({key: torch.zeros(4, 80)}, folder / "adapter_model.bin")

@@ -20,6 +20,7 @@ from llava_projectors.export.convert import NEWLINE, export_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.llm import LLMS, text_config
 from llava_projectors.export.tokenizer import export_tokenizer
+from llava_projectors.files import ProjectorWeightsError
 from llava_projectors.integration.llm_settings import contradictions, refuse_contradictions
 
 
@@ -536,3 +537,93 @@ def test_windows_of_attention(change, is_refused, tmp_path):
         return
     with pytest.raises(ExportError, match="and sequences of up to 4096 tokens.*tokenizer_model_max_length"):
         text_config(config, tmp_path)
+
+
+# Weights that LLaVA would load otherwise, or not at all
+
+
+@pytest.fixture
+def adapter(trained, tiny, tmp_path):
+    """A LoRA adapter of one matrix of 80 x 80, its config changed by `edit`."""
+
+    def make(down=(4, 80), up=(80, 4), **edit):
+        folder = tmp_path / "llava-lora"
+        shutil.copytree(trained("saep").adapter, folder)
+        (folder / "mm_projector.bin").rename(folder / "non_lora_trainables.bin")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **edit}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        key = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+        weights = {key.format("A"): torch.ones(down), key.format("B"): torch.ones(up)} if down else {}
+        torch.save(weights, folder / "adapter_model.bin")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"r": 2}, r"shapes .*\(4, 80\).* and r 2 of adapter_config.json need .*\(2, 80\)"),
+        ({"down": (2, 80), "up": (80, 2)}, "and r 4 of adapter_config.json need"),
+        ({"down": (2, 80)}, "shapes"),
+        ({"down": (4, 160)}, "shapes"),
+        ({"up": (1, 4)}, "shapes"),
+        ({"down": ()}, "adapter_model.bin holds no LoRA weights"),
+        ({"target_modules": ["k_proj"]}, r"has target_modules \['k_proj'\], and the adapter has weights for model"),
+        ({"target_modules": None}, "has target_modules None, not the names of modules"),
+        ({"layers_to_transform": 0}, "asks for layers_to_transform=0"),
+        ({"r": 0}, "has r 0 and lora_alpha 8"),
+        ({"r": None}, "has r None and lora_alpha 8"),
+        ({"lora_alpha": "64"}, "has r 4 and lora_alpha '64'"),
+        ({"lora_alpha": None}, "has r 4 and lora_alpha None"),
+    ],
+)
+def test_an_adapter_that_its_settings_contradict_is_refused(adapter, tiny, refused, change, match):
+    refused(adapter(**change), match, base=str(tiny.llm))
+
+
+def test_an_adapter_of_one_matrix_is_exported(adapter, tiny, tmp_path):
+    export_checkpoint(str(adapter()), tmp_path / "out", base=str(tiny.llm), dtype="float32")
+
+
+def test_of_two_shards_that_hold_a_tensor_the_last_counts(checkpoint, tmp_path):
+    """LLaVA loads shards whole, whatever the index says."""
+    folder = checkpoint()
+    weights, key = load_file(folder / "model.safetensors"), "model.norm.weight"
+    (folder / "model.safetensors").unlink()
+    shards = {
+        "a.safetensors": weights,
+        "b.safetensors": {key: weights[key] * 3, "lm_head.weight": weights.pop("lm_head.weight")},
+    }
+    for name, shard in shards.items():
+        save_file(shard, folder / f"model-{name}", {"format": "pt"})
+    index = dict.fromkeys(weights, "model-a.safetensors") | {"lm_head.weight": "model-b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
+def test_a_projector_under_another_name_is_refused(checkpoint, refused, prefix):
+    folder = checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"{prefix if 'mm_projector' in key else ''}{key}": value for key, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, f"begin with '{prefix}model.mm_projector.'", ProjectorWeightsError)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "rows", "match"),
+    [
+        (9999, None, "has [0-9]+ rows in model.embed_tokens.weight, and the config.json .* vocab_size 9999"),
+        (None, (100, None), "has 100 rows in model.embed_tokens.weight, and the config.json"),
+        (100, (100, 100), "has 100 rows in model.embed_tokens.weight, and its tokenizer has [0-9]+ tokens"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(checkpoint, refused, vocab_size, rows, match):
+    folder = checkpoint()
+    if vocab_size:
+        edit(folder / "config.json", vocab_size=vocab_size)
+    for key, count in zip(("embed_tokens.weight", "lm_head.weight"), rows or ()):
+        edit_weights(folder, **{key: lambda weight, count=count: weight[:count].clone()})
+    refused(folder, match)
