@@ -227,7 +227,7 @@ def _lora_scale(path: Path, settings: Mapping[str, Any]) -> float:
             "merge it with peft and export the merged checkpoint"
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, (int, float))):
         raise ExportError(
             f"{path} has r {rank!r} and lora_alpha {alpha!r}, not a rank of at least 1 and a number: copy the config "
             "of the adapter's run"
