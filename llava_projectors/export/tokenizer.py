@@ -98,7 +98,7 @@ def _read_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
 
     added = _added_tokens(source, settings)
     if (source / "tokenizer.model").is_file():
-        tokenizer = from_sentencepiece(source / "tokenizer.model")
+        tokenizer = from_sentencepiece(source / "tokenizer.model", {token.content for token in added.values()})
     elif (source / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
         # The slow tokenizer that trains does not write this file, which may be older than the tokens added then.
@@ -202,10 +202,17 @@ def spaces_differ(source: Path) -> bool:
     return is_rebuilt and _read_json(source / "tokenizer_config.json").get("legacy") is False
 
 
-def from_sentencepiece(path: Path) -> Any:
+def from_sentencepiece(path: Path, added: Collection[str] = ()) -> Any:
     """A `tokenizers.Tokenizer` with the pieces of a sentencepiece BPE model and Llama's "legacy" rules for spaces.
 
     Each stretch of text between special tokens gets a leading space; byte fallback; `<s>` in front.
+
+    Args:
+        path: of the model.
+        added: tokens that are added later, which are split off before the model sees them.
+
+    Raises:
+        ExportError: it splits text by other rules.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -219,7 +226,7 @@ def from_sentencepiece(path: Path) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    _refuse_other_rules(tokenizer, model, path)
+    _refuse_other_rules(tokenizer, model, added, path)
     control = [piece for number, piece in enumerate(pieces) if model.is_control(number) or number == model.unk_id()]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     begin = pieces[model.bos_id()]
@@ -229,20 +236,21 @@ def from_sentencepiece(path: Path) -> Any:
     return tokenizer
 
 
-def _refuse_other_rules(tokenizer: Any, model: Any, path: Path) -> None:
+def _refuse_other_rules(tokenizer: Any, model: Any, added: Collection[str], path: Path) -> None:
     """Raise for a sentencepiece model that is no BPE, changes characters or has symbols of its user's."""
     pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
     ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
     ids = {pieces[number]: number for number in ordinary}
     letters = [piece for piece in ids if piece.isascii() and piece.isalpha()]
-    whole = [piece for piece in ids if len(piece) > 1 and not _pairs(piece, ids)]  # BPE makes each of two others
+    # BPE makes each piece of two others.
+    whole = [piece for piece in ids if len(piece) > 1 and piece not in added and not _pairs(piece, ids)]
     generator = random.Random(0)
     glued = [" ".join("".join(generator.choices(letters, k=3)) for _ in range(12)) for _ in range(50) if letters]
     for text in ("a  b", *whole, *glued, *prompts_of(WORDS, 50)):
         if tokenizer.encode(text).ids != model.encode(text):
             raise ExportError(
-                f"{path} splits {text!r} otherwise than the BPE of Llama's tokenizer, whose rules the export knows: "
-                "a unigram model, user-defined symbols or a normaliser cannot be exported"
+                f"{path} splits {text!r} otherwise than its pieces do by the BPE of Llama's tokenizer, the only one "
+                "that can be exported: no unigram model, user-defined symbols or normaliser. Take another base LLM"
             )
 
 

@@ -364,7 +364,7 @@ def test_sentencepiece_models_of_other_rules_are_refused(checkpoint, refused, se
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), **{**usual, **settings}
     )
-    refused(folder, "otherwise than the BPE of Llama's tokenizer|the token '<|mine|>', which LLaVA's gives the id None")
+    refused(folder, "otherwise than its pieces do by the BPE|the token '<|mine|>', which LLaVA's gives the id None")
 
 
 def test_added_tokens_that_llava_ignores_are_not_exported(checkpoint, tmp_path):
