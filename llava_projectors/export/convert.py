@@ -24,7 +24,7 @@ from llava_projectors.export.pictures import image_layout, processor_settings
 from llava_projectors.export.templates import choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
-from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, tower_weights
+from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, refuse_quantised, tower_weights
 from llava_projectors.integration import weights
 from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
@@ -86,6 +86,8 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
         raise ExportError(
             f"{source} names no vision tower: its config.json has no mm_vision_tower; pass --vision-tower"
         )
+    if not isinstance(name, str):
+        raise ExportError(f"the config.json of {source} has mm_vision_tower {name!r}, not a name; pass --vision-tower")
     role = "--vision-tower" if vision_tower else f"mm_vision_tower in the config.json of {source}"
     folder = local_folder(name, role, "Pass --vision-tower with the folder that it is in now")
     tower = read_tower(folder, config)
@@ -107,13 +109,15 @@ def _our_type(config: Mapping[str, Any], source: Path) -> str:
         raise ExportError(f"{source} is an exported folder already: name the checkpoint that it was made from")
     if type_string is None:
         raise ExportError(f"{source} has no projector: its config.json has no mm_projector_type")
+    if not isinstance(type_string, str):
+        raise ExportError(f"the config.json of {source} has mm_projector_type {type_string!r}, which is no type string")
     if registration.LLAVA_TYPE_PATTERN.fullmatch(type_string):
         raise ExportError(
             f"{source} has LLaVA's own projector {type_string!r}: for it use transformers' "
             "convert_llava_weights_to_hf.py, or the checkpoints under llava-hf on the hub; this exports the types "
             f"{', '.join(registry.list_projectors())}"
         )
-    return str(type_string)
+    return type_string
 
 
 def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
@@ -156,11 +160,12 @@ def plan_weights(export: Export, tokenizer: Exported) -> list[Output]:
     """
     source = dict(export.checkpoint.weights)
     with torch.device("meta"):
-        projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
         llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM")
         tower_shapes = model_shapes(export.tower.config, "AutoModel")
+        projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
     ours = [key for key in source if key.startswith(weights.PLACE)]
     projector_weights = {key.removeprefix(weights.PLACE): source.pop(key) for key in ours}
+    refuse_quantised(projector_weights, f"the projector in {export.checkpoint.source}")
     _check_projector(export, projector, projector_weights)
     tower = tower_weights(export.tower, export.checkpoint, tower_shapes)
     llm = {key: weight for key, weight in source.items() if not key.startswith(OWN)}
@@ -223,8 +228,14 @@ def model_shapes(config: Mapping[str, Any], auto_class: str) -> weights.Shapes:
     """Parameter name -> shape of a stock model, names without `vision_model.`, which transformers 5 has dropped."""
     import transformers
 
-    made = transformers.CONFIG_MAPPING[config["model_type"]](**config)
-    model = getattr(transformers, auto_class).from_config(made)
+    try:
+        made = transformers.CONFIG_MAPPING[config["model_type"]](**config)
+        model = getattr(transformers, auto_class).from_config(made)
+    except Exception as error:  # of any kind, from deep within, by a setting of a wrong kind
+        raise ExportError(
+            f"the config.json of the {config['model_type']} has a setting with which transformers cannot build it "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): copy it again"
+        ) from error
     return {name.removeprefix(INNER): tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -395,11 +406,13 @@ def _write_settings(
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
-    stored = checkpoint.weights.get("model.norm.weight")
-    names = [name for name, dtype in DTYPES.items() if stored is not None and stored.stored.dtype == dtype]
-    if not names:
-        raise ExportError(
-            f"{checkpoint.source} stores the LLM in no dtype of {', '.join(DTYPES)}: a quantised checkpoint cannot be "
-            "exported; pass --dtype if it only lacks model.norm.weight"
-        )
-    return names[0]
+    """The dtype of the LLM's last norm, which quantised models keep too."""
+    key = "model.norm.weight"
+    if key not in checkpoint.weights:
+        others = [name for name in checkpoint.weights if name.endswith(f".{key}")]
+        hint = f"it has {others[0]!r}: save the weights again with their keys renamed" if others else "copy it again"
+        raise ExportError(f"the LLM in {checkpoint.llm} lacks {key}; {hint}")
+    dtype = str(checkpoint.weights[key].stored.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ExportError(f"{checkpoint.llm} stores {key} in {dtype}: pass --dtype with one of {', '.join(DTYPES)}")
+    return dtype

@@ -152,7 +152,7 @@ def _clip(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
     side = _square(crop if found.get("do_center_crop", True) else size, path)
     if shortest is None:
         _square(size, path)
-    elif shortest < side or not found.get("do_center_crop", True):
+    elif not isinstance(shortest, int) or shortest < side or not found.get("do_center_crop", True):
         raise ExportError(f"{path} resizes to {size!r} and crops {crop!r}: pictures would be of several sizes")
     return {
         "tile_side": side,

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.pictures import NEXT_SETTING
 from llava_projectors.files import checkpoint_tensors, read_config
 from llava_projectors.integration import weights
 
@@ -20,6 +21,8 @@ SETTINGS = (
 # How LLaVA's checkpoints call a tower that was trained.
 OWN = "model.vision_tower.vision_tower."
 INNER = "vision_model."
+# Others are a quantised model's, whose scales lie elsewhere.
+PLAIN_DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,21 @@ def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) 
 
 
 def check_whole(found: Mapping[str, Weight], expected: weights.Shapes, source: str) -> None:
-    """Raise ExportError unless weights have the expected names and shapes."""
+    """Raise ExportError unless weights have the expected names and shapes, and are plain numbers."""
+    refuse_quantised(found, source)
     wrong = weights.problems(expected, {name: weight.shape for name, weight in found.items()})
     if wrong:
         raise ExportError(f"{source} is not whole or of another model: {wrong}")
+
+
+def refuse_quantised(found: Mapping[str, Weight], source: str) -> None:
+    """Raise ExportError for weights that need a scale from elsewhere."""
+    for name, weight in found.items():
+        if str(weight.stored.dtype) not in PLAIN_DTYPES:
+            raise ExportError(
+                f"{source} holds {name} in {weight.stored.dtype}: a quantised checkpoint cannot be exported; export "
+                "the one that it was made from"
+            )
 
 
 def _trained_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
@@ -120,6 +134,6 @@ def _trained_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 
 def _was_trained(config: Mapping[str, Any]) -> bool:
-    """Whether LLaVA, or LLaVA-NeXT by its list of parts, takes the tower from the checkpoint."""
+    """Whether LLaVA, or LLaVA-NeXT by its list of parts, which LLaVA does not read, takes it from the checkpoint."""
     parts = str(config.get("mm_tunable_parts") or "").split(",")
-    return bool(config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in parts)
+    return bool(config.get("unfreeze_mm_vision_tower") or (NEXT_SETTING in config and "mm_vision_tower" in parts))

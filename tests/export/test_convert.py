@@ -425,8 +425,9 @@ def test_a_mistral_llm(trained, tmp_path):
     ("setting", "is_own"),
     [
         ({"unfreeze_mm_vision_tower": True}, True),
-        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model"}, True),  # LLaVA-NeXT's
-        ({"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"}, False),
+        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter", "vision_tower_pretrained": ""}, True),  # LLaVA-NeXT's
+        ({"mm_tunable_parts": "mm_mlp_adapter,mm_language_model", "vision_tower_pretrained": ""}, False),
+        ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, False),  # LLaVA does not read it
     ],
 )
 def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path, setting, is_own):
@@ -521,6 +522,11 @@ def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, 
         ({"s2": True}, "has s2 True: one tower at one scale"),
         ({"mm_vision_tower": "/no/such/tower"}, "mm_vision_tower in .*no folder '/no/such/tower'.*Pass --vision-tower"),
         ({"model_type": "llava_mpt"}, "LLM of model_type 'llava_mpt': llava_llama"),
+        ({"mm_projector_type": ["saep"]}, r"mm_projector_type \['saep'\], which is no type string"),
+        ({"mm_vision_tower": ["a"]}, r"mm_vision_tower \['a'\], not a name; pass --vision-tower"),
+        ({"hidden_size": -80}, "cannot build it .*negative"),
+        ({"hidden_size": "80"}, "cannot build it"),
+        ({"hidden_act": "gelux"}, "cannot build it .*gelux"),
         ({"num_hidden_layers": 3}, "not whole or of another model: missing: model.layers.2"),
     ],
 )

@@ -627,3 +627,23 @@ def test_rows_that_do_not_fit_are_refused(checkpoint, refused, vocab_size, rows,
     for key, count in zip(("embed_tokens.weight", "lm_head.weight"), rows or ()):
         edit_weights(folder, **{key: lambda weight, count=count: weight[:count].clone()})
     refused(folder, match)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
+def test_a_checkpoint_under_another_name_is_refused(checkpoint, refused, prefix):
+    folder = checkpoint()
+    weights = {f"{prefix}{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, f"lacks model.norm.weight; it has '{prefix}model.norm.weight'")
+
+
+def test_a_dtype_that_cannot_be_written_is_named(checkpoint, refused):
+    folder = checkpoint()
+    edit_weights(folder, model__norm__weight=lambda weight: weight.double())
+    refused(folder, "stores model.norm.weight in float64: pass --dtype")
+
+
+def test_integers_are_a_quantised_models(checkpoint, refused):
+    folder = checkpoint()
+    edit_weights(folder, mlp__up_proj__weight=lambda weight: (weight * 100).to(torch.int8))
+    refused(folder, "up_proj.weight in torch.int8: a quantised checkpoint")
