@@ -93,6 +93,7 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if model_type not in KINDS:
         raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(KINDS)} can be exported")
     kind = KINDS[model_type]
+    _refuse_non_numbers(config, LLMS[kind].fields, source)
     version = _version(config.get("transformers_version"))
     read = [*LLMS[kind].fields, *(name for name, since in READ_SINCE.items() if version >= since)]
     wrong = contradictions(config, read)
@@ -115,6 +116,15 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         **settings,
         "tie_word_embeddings": False,
     }
+
+
+def _refuse_non_numbers(config: Mapping[str, Any], fields: Mapping[str, Any], source: Path) -> None:
+    """Raise for text and the like in the place of a number; an id may be a list of them."""
+    for name, usual in fields.items():
+        value = config.get(name)
+        is_number = isinstance(usual, (int, float)) and not name.endswith("_token_id")
+        if is_number and value is not None and not isinstance(value, (int, float)):
+            raise ExportError(f"the config.json of {source} has {name} {value!r}, not a number: copy it again")
 
 
 def _refuse_windows(settings: Mapping[str, Any], most_tokens: Optional[int], source: Path) -> None:
