@@ -193,6 +193,11 @@ def _indexed_tensors(index: Path) -> dict[str, StoredTensor]:
         raise ProjectorWeightsError(str(error)) from error
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise ProjectorWeightsError(f"{index} has no weight_map of names; copy the checkpoint again")
+    return _of_shards(index, shard_of)
+
+
+def _of_shards(index: Path, shard_of: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors that an index names, each of the shard that it has after transformers has loaded them."""
     shards = sorted(set(shard_of.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:

@@ -68,9 +68,7 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     is_rebuilt = (source / "tokenizer.model").is_file()
     usual = {"add_bos_token": True, "add_eos_token": False} if is_rebuilt else {}  # of Llama's slow tokenizer
     _refuse_other_ends(tokenizer, {**usual, **settings}, adds_start, source)
-    trained = _trained_tokenizer(source, settings)
-    if trained is not None:
-        _refuse_other_tokens(tokenizer, special, trained, source)
+    _refuse_other_tokens(tokenizer, special, settings, source)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(target / "tokenizer.json"))
     written = {
@@ -160,8 +158,11 @@ def _trained_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:
         raise ExportError(f"LLaVA cannot load the tokenizer of {source}: {reason}. Copy the base LLM's") from error
 
 
-def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], trained: Any, source: Path) -> None:
+def _refuse_other_tokens(tokenizer: Any, special: Mapping[str, str], settings: Mapping[str, Any], source: Path) -> None:
     """Raise where LLaVA's tokenizer has other special or added tokens, or splits text otherwise."""
+    trained = _trained_tokenizer(source, settings)
+    if trained is None:
+        return
     named = trained.special_tokens_map
     for name in ("bos_token", "eos_token", "unk_token"):
         if named.get(name, special.get(name)) != special.get(name):
@@ -238,20 +239,29 @@ def from_sentencepiece(path: Path, added: Collection[str] = ()) -> Any:
 
 def _refuse_other_rules(tokenizer: Any, model: Any, added: Collection[str], path: Path) -> None:
     """Raise for a sentencepiece model that is no BPE, changes characters or has symbols of its user's."""
-    pieces = [model.id_to_piece(number) for number in range(model.get_piece_size())]
-    ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
-    ids = {pieces[number]: number for number in ordinary}
-    letters = [piece for piece in ids if piece.isascii() and piece.isalpha()]
+    pieces = {model.id_to_piece(number): number for number in _ordinary(model)}
     # BPE makes each piece of two others.
-    whole = [piece for piece in ids if len(piece) > 1 and piece not in added and not _pairs(piece, ids)]
-    generator = random.Random(0)
-    glued = [" ".join("".join(generator.choices(letters, k=3)) for _ in range(12)) for _ in range(50) if letters]
-    for text in ("a  b", *whole, *glued, *prompts_of(WORDS, 50)):
+    whole = [piece for piece in pieces if len(piece) > 1 and piece not in added and not _pairs(piece, pieces)]
+    for text in ("a  b", *whole, *_glued(pieces, 50), *prompts_of(WORDS, 50)):
         if tokenizer.encode(text).ids != model.encode(text):
             raise ExportError(
                 f"{path} splits {text!r} otherwise than its pieces do by the BPE of Llama's tokenizer, the only one "
                 "that can be exported: no unigram model, user-defined symbols or normaliser. Take another base LLM"
             )
+
+
+def _ordinary(model: Any) -> list[int]:
+    """Ids of the pieces of text: no control symbols, no bytes."""
+    every = range(model.get_piece_size())
+    return [n for n in every if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
+
+
+def _glued(pieces: Collection[str], count: int) -> list[str]:
+    """The same random texts each time, of words that are pieces put together."""
+    letters = [piece for piece in pieces if piece.isascii() and piece.isalpha()]
+    generator = random.Random(0)
+    words = ["".join(generator.choices(letters, k=3)) for _ in range(12 * count)] if letters else []
+    return [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
 
 
 def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
@@ -260,8 +270,7 @@ def merges(pieces: list[str], model: Any) -> list[tuple[str, str]]:
     Among pairs with one result, the order is that of their ids.
     """
     ids = {piece: number for number, piece in enumerate(pieces)}
-    ordinary = [n for n in range(len(pieces)) if not (model.is_control(n) or model.is_unknown(n) or model.is_byte(n))]
-    found = [(-model.get_score(number), pair) for number in ordinary for pair in _pairs(pieces[number], ids)]
+    found = [(-model.get_score(number), pair) for number in _ordinary(model) for pair in _pairs(pieces[number], ids)]
     return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]  # the sort keeps the order of equal scores
 
 
