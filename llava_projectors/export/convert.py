@@ -160,8 +160,8 @@ def plan_weights(export: Export, tokenizer: Exported) -> list[Output]:
     """
     source = dict(export.checkpoint.weights)
     with torch.device("meta"):
-        llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM")
-        tower_shapes = model_shapes(export.tower.config, "AutoModel")
+        llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM", export.checkpoint.source)
+        tower_shapes = model_shapes(export.tower.config, "AutoModel", export.tower.folder)
         projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
     ours = [key for key in source if key.startswith(weights.PLACE)]
     projector_weights = {key.removeprefix(weights.PLACE): source.pop(key) for key in ours}
@@ -224,7 +224,7 @@ def _refuse_other_rows(checkpoint: Checkpoint, rows: Mapping[str, tuple[int, int
             )
 
 
-def model_shapes(config: Mapping[str, Any], auto_class: str) -> weights.Shapes:
+def model_shapes(config: Mapping[str, Any], auto_class: str, source: Path) -> weights.Shapes:
     """Parameter name -> shape of a stock model, names without `vision_model.`, which transformers 5 has dropped."""
     import transformers
 
@@ -233,7 +233,7 @@ def model_shapes(config: Mapping[str, Any], auto_class: str) -> weights.Shapes:
         model = getattr(transformers, auto_class).from_config(made)
     except Exception as error:  # of any kind, from deep within, by a setting of a wrong kind
         raise ExportError(
-            f"the config.json of the {config['model_type']} has a setting with which transformers cannot build it "
+            f"the config.json of {source} has a setting with which transformers cannot build a {config['model_type']} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): copy it again"
         ) from error
     return {name.removeprefix(INNER): tuple(parameter.shape) for name, parameter in model.named_parameters()}

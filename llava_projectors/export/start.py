@@ -148,7 +148,8 @@ def _new_name(key: str) -> str:
 
 def _expected(tower: Tower, text: Mapping[str, Any]) -> Shapes:
     with torch.device("meta"):
-        llm, vision = model_shapes(text, "AutoModelForCausalLM"), model_shapes(tower.config, "AutoModel")
+        llm = model_shapes(text, "AutoModelForCausalLM", tower.folder)
+        vision = model_shapes(tower.config, "AutoModel", tower.folder)
     return {
         **{f"model.vision_tower.vision_model.{key}": shape for key, shape in vision.items()},
         **{re.sub(r"^model\.", "model.language_model.", key): shape for key, shape in llm.items()},

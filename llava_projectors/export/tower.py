@@ -68,6 +68,9 @@ def read_tower(folder: Path, config: Mapping[str, Any]) -> Tower:
     if kind not in KINDS.values():
         raise ExportError(f"the vision tower {folder} is a {kind!r}: CLIP and SigLIP can be exported")
     made = CONFIG_MAPPING[str(kind)](**own.get("vision_config", own)).to_dict()
+    for name in ("num_hidden_layers", "image_size", "patch_size"):
+        if not isinstance(made[name], int) or made[name] < 1:
+            raise ExportError(f"the config.json of the tower {folder} has {name} {made[name]!r}: copy the tower again")
     settings = {"model_type": kind, **{key: made[key] for key in SETTINGS if key in made}}
     if kind == KINDS["clip"]:
         layer = config.get("mm_vision_select_layer", -2)

@@ -524,11 +524,11 @@ def test_tokenizer_settings_that_the_export_does_not_know(checkpoint, tmp_path, 
         ({"model_type": "llava_mpt"}, "LLM of model_type 'llava_mpt': llava_llama"),
         ({"mm_projector_type": ["saep"]}, r"mm_projector_type \['saep'\], which is no type string"),
         ({"mm_vision_tower": ["a"]}, r"mm_vision_tower \['a'\], not a name; pass --vision-tower"),
-        ({"hidden_size": -80}, "cannot build it .*negative"),
+        ({"hidden_size": -80}, "cannot build a llama .*negative"),
         ({"hidden_size": "80"}, "has hidden_size '80', not a number"),
-        ({"hidden_size": 80.0}, "cannot build it"),
-        ({"hidden_size": 10**30}, "cannot build it"),
-        ({"hidden_act": "gelux"}, "cannot build it .*gelux"),
+        ({"hidden_size": 80.0}, "cannot build a llama"),
+        ({"hidden_size": 10**30}, "cannot build a llama"),
+        ({"hidden_act": "gelux"}, "cannot build a llama .*gelux"),
         ({"num_hidden_layers": 3}, "not whole or of another model: missing: model.layers.2"),
     ],
 )
@@ -542,6 +542,15 @@ def test_a_tower_that_is_not_whole_is_named(checkpoint, tiny, tmp_path, refused)
     (tower / "preprocessor_config.json").unlink()
     match = "cannot read .*tower/preprocessor_config.json: there is no such file"
     refused(checkpoint(mm_vision_tower=str(tower)), match, ProjectorSpecError)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", "4"), ("patch_size", 0), ("image_size", [336, 336])])
+def test_a_towers_setting_that_is_no_number_is_named(checkpoint, tiny, tmp_path, refused, name, value):
+    tower = tmp_path / "tower"
+    shutil.copytree(tiny.coarse_tower, tower)
+    config = json.loads((tower / "config.json").read_text())
+    (tower / "config.json").write_text(json.dumps({**config, name: value}))
+    refused(checkpoint(mm_vision_tower=str(tower)), f"has {name} {re.escape(repr(value))}: copy the tower again")
 
 
 def test_an_unknown_type_is_refused(checkpoint, tmp_path, refused):
