@@ -198,7 +198,7 @@ def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shape
     check_whole(found, {**shapes, **dict.fromkeys(tables, ())}, str(checkpoint.source))
     rows = -(-tokenizer.count // ROW_MULTIPLE) * ROW_MULTIPLE
     known = tokenizer.image if tokenizer.image == tokenizer.count - 1 else tokenizer.count
-    _refuse_other_rows(checkpoint, {key: (found[key].shape[0], shapes[key][0]) for key in tables}, known)
+    _refuse_other_rows(checkpoint, {key: (found[key].shape[0], shapes[key][0]) for key in tables}, tokenizer.pieces)
     outputs = []
     for key, weight in found.items():
         name = key if key == head else f"model.language_model.{key.removeprefix('model.')}"
@@ -209,17 +209,20 @@ def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shape
     return outputs
 
 
-def _refuse_other_rows(checkpoint: Checkpoint, rows: Mapping[str, tuple[int, int]], tokens: int) -> None:
-    """Raise unless the tables have the rows (found, expected) that LLaVA loads, one at least for each token."""
+def _refuse_other_rows(checkpoint: Checkpoint, rows: Mapping[str, tuple[int, int]], pieces: int) -> None:
+    """Raise unless the tables have the rows (found, expected) that LLaVA loads, one at least for each piece of text.
+
+    Some bases name a `<pad>` for which they have no row: LLaVA does without it.
+    """
     for key, (found, expected) in rows.items():
         if found != expected:
             raise ExportError(
                 f"{checkpoint.llm} has {found} rows in {key}, and the config.json of {checkpoint.source} has "
                 f"vocab_size {expected}, with which LLaVA does not load it: copy weights and config from one run"
             )
-        if found < tokens:
+        if found < pieces:
             raise ExportError(
-                f"{checkpoint.llm} has {found} rows in {key}, and its tokenizer has {tokens} tokens: copy the "
+                f"{checkpoint.llm} has {found} rows in {key}, and its tokenizer has {pieces} pieces of text: copy the "
                 "tokenizer that the model was trained with"
             )
 

@@ -33,12 +33,14 @@ class Exported:
     Attributes:
         image: the id of `<image>`.
         count: how many ids there are.
+        pieces: how many of them are no added tokens.
         tokens: all of them.
         adds_start: whether it puts a start token in front.
     """
 
     image: int
     count: int
+    pieces: int
     tokens: Collection[str]
     adds_start: bool
 
@@ -87,7 +89,8 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     write_json(target / "tokenizer_config.json", written)
     write_json(target / "special_tokens_map.json", special)
     vocabulary = tokenizer.get_vocab()
-    return Exported(vocabulary[IMAGE_TOKEN], max(vocabulary.values()) + 1, vocabulary.keys(), adds_start)
+    count, pieces = max(vocabulary.values()) + 1, tokenizer.get_vocab_size(with_added_tokens=False)
+    return Exported(vocabulary[IMAGE_TOKEN], count, pieces, vocabulary.keys(), adds_start)
 
 
 def _read_tokenizer(source: Path, settings: Mapping[str, Any]) -> Any:

@@ -617,7 +617,7 @@ def test_a_projector_under_another_name_is_refused(checkpoint, refused, prefix):
     [
         (9999, None, "has [0-9]+ rows in model.embed_tokens.weight, and the config.json .* vocab_size 9999"),
         (None, (100, None), "has 100 rows in model.embed_tokens.weight, and the config.json"),
-        (100, (100, 100), "has 100 rows in model.embed_tokens.weight, and its tokenizer has [0-9]+ tokens"),
+        (100, (100, 100), "has 100 rows in model.embed_tokens.weight, and its tokenizer has [0-9]+ pieces"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(checkpoint, refused, vocab_size, rows, match):
@@ -627,6 +627,18 @@ def test_rows_that_do_not_fit_are_refused(checkpoint, refused, vocab_size, rows,
     for key, count in zip(("embed_tokens.weight", "lm_head.weight"), rows or ()):
         edit_weights(folder, **{key: lambda weight, count=count: weight[:count].clone()})
     refused(folder, match)
+
+
+def test_a_pad_token_without_a_row_is_no_error(checkpoint, tmp_path):
+    """Some copies of Llama 2 name one; no prompt has it."""
+    folder = checkpoint()
+    settings = settings_of(folder, "tokenizer_config.json")
+    rows = settings_of(folder, "config.json")["vocab_size"]
+    token = {"content": "<pad>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {**settings["added_tokens_decoder"], str(rows): {**token, "special": True}}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
 
 
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model."])
