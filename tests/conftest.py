@@ -240,8 +240,12 @@ def build_model(tiny, model_args):
 @pytest.fixture
 def llava_train(tiny, can_train, tmp_path, monkeypatch):
     """Run LLaVA's `train()` in this process, for errors that come before the first step."""
+    from accelerate.state import AcceleratorState
     from llava import conversation
     from llava.train import train as script
+
+    # The trainer's arguments set it for the whole process, and for all that it starts.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
     def run(projector_type, **arguments):
         data = train.finetune_arguments(tiny.finetune_data, tiny.images, None, max_steps=1)
@@ -253,4 +257,5 @@ def llava_train(tiny, can_train, tmp_path, monkeypatch):
         monkeypatch.setattr(conversation, "default_conversation", conversation.default_conversation)
         script.train()
 
-    return run
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)

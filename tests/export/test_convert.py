@@ -270,6 +270,7 @@ def test_merges_go_by_score_and_then_by_the_ids_of_their_parts():
     pieces = list(scores)
     model = SimpleNamespace(
         **dict.fromkeys(("is_control", "is_unknown", "is_byte"), lambda number: False),
+        get_piece_size=lambda: len(pieces),
         get_score=lambda number: scores[pieces[number]],
     )
     assert merges(pieces, model) == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
