@@ -177,8 +177,10 @@ def test_a_zero3_checkpoint_loads(train, tiny):
 def test_zero3_goes_on_from_a_full_checkpoint(train, trained, projector_type):
     """Its projector is built inside DeepSpeed's `zero.Init`, which leaves every weight empty until it is gathered."""
     checkpoint = trained(projector_type).checkpoint
-    reference = train("on", projector_type, checkpoint=checkpoint)
-    folder = train("on-zero3", projector_type, stage=3, checkpoint=checkpoint, save_safetensors=False)
+    # With larger steps, the rounding that an over-fitted TokenPacker amplifies grew to 1.1e-3 of the loss once.
+    slow = {"checkpoint": checkpoint, "learning_rate": 0.02}
+    reference = train("on", projector_type, **slow)
+    folder = train("on-zero3", projector_type, stage=3, save_safetensors=False, **slow)
     assert losses(folder) == pytest.approx(losses(reference), rel=1e-3)
     expected, found = weights(reference), weights(folder)
     names = {name for name in expected if "mm_projector" in name}
