@@ -383,6 +383,7 @@ def test_variants_are_written_group_by_group(tmp_path, monkeypatch):
     assert found == list(range(4, 4 * 6 + 1, 4))
 
 
+@pytest.mark.slow
 def test_profiles_have_a_table_for_each_candidate(plan, tmp_path, monkeypatch):
     path = tmp_path / "profile.txt"
     monkeypatch.setitem(profiles.COPIED_BYTES, "cpu", 2**20)

@@ -481,6 +481,7 @@ def test_a_type_in_7b_has_the_depth_and_the_sizes_of_7b():
     assert cost.in_7b(study.STF) == "stf:layers=0+3+6+9+13+16+19+23"
 
 
+@pytest.mark.slow
 def test_every_compared_type_was_timed(tmp_path, monkeypatch, capsys):
     times = cost.times()
     for name in cost.compared():
