@@ -51,6 +51,8 @@ def _chatml(system: str) -> str:
         + start
         + "{{ message['role'] }}\n{{ text(message['content']) }}"
         + end
+        + "{% elif loop.index0 %}"
+        + _NO_SUCH_ROLE
         + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
         + start
         + "assistant\n{% endif %}"
@@ -85,7 +87,9 @@ TEMPLATES = {
     + _LLAMA_3_SYSTEM
     + "{% endif %}<|eot_id|>{% for message in messages %}{% if message['role'] != 'system' %}"
     + _LLAMA_3_ROLE.format("{{ message['role'] }}")
-    + "{{ text(message['content']) | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    + "{{ text(message['content']) | trim }}<|eot_id|>{% elif loop.index0 %}"
+    + _NO_SUCH_ROLE
+    + "{% endif %}{% endfor %}"
     + "{% if add_generation_prompt %}"
     + _LLAMA_3_ROLE.format("assistant")
     + "{% endif %}",

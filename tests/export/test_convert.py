@@ -28,6 +28,7 @@ from llava_projectors.export import compare, folders, verify
 from llava_projectors.export.checkpoint import read_checkpoint
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.templates import TEMPLATES
 from llava_projectors.export.tokenizer import merges
 from llava_projectors.export.tower import OWN
 from llava_projectors.projectors import registration
@@ -346,6 +347,18 @@ def test_the_system_message_of_mistrals_conversation(trained, tmp_path):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == conversation.get_prompt()
     with pytest.raises(jinja2.TemplateError, match="has no tool"):
         tokenizer.apply_chat_template([*messages, {"role": "tool", "content": "x"}], tokenize=False)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_no_system_message_is_lost(tiny, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm, use_fast=False)
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "system", "user")]
+    with pytest.raises(jinja2.TemplateError, match="has no system at this place"):
+        tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[name], tokenize=False)
+    text = tokenizer.apply_chat_template(messages[:2], chat_template=TEMPLATES[name], tokenize=False)
+    assert text.count("x") >= 2
 
 
 @pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("{{% for", "is no Jinja template: line 1")])
