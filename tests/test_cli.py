@@ -183,6 +183,17 @@ def test_check_of_an_adapter_that_was_trained_otherwise(trained, arguments, trai
     assert trained_with in err
 
 
+def test_check_of_an_adapter_without_a_record_says_so(trained, tmp_path):
+    """Its type string has no layers, so nothing tells which it was trained on."""
+    folder = tmp_path / "llava-old"
+    shutil.copytree(trained("tokenpacker").adapter, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mm_projector_options"]
+    (folder / "config.json").write_text(json.dumps(config))
+    out = cli("check", "tokenpacker", "--adapter", str(folder / "mm_projector.bin"), status=1)
+    assert f"not checked: what {folder / 'mm_projector.bin'} was trained for" in out
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("mm_vision_select_layer", "-2"), ("mm_vision_select_layer", None), ("mm_vision_tower", 5)]
 )
@@ -202,6 +213,7 @@ def test_check_quotes_a_setting_of_another_kind(trained, tmp_path, setting, valu
         ["check", ""], ["check", "saep", "--vision-tower", ""], ["check", "--model-path", ""],
         ["export", "llava", "out", "--new-projector", ""], ["export", "llava", "out", "--vision-tower", ""],
         ["export", "", "out"], ["export", "llava", "out", "--package", ""], ["show", "picture.jpg", "--type", ""],
+        ["show", "picture.jpg", "--output", ""], ["demo", "--output", ""],
     ],
 )  # fmt: skip
 def test_an_empty_value_is_not_one_that_was_left_out(arguments):

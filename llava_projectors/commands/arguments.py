@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 LARGEST = 1e15
 
@@ -32,3 +33,8 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty: leave the option out, or give a value")
     return text
+
+
+def file_path(text: str) -> Path:
+    """A path; an empty one would be the current folder."""
+    return Path(not_empty(text))

@@ -24,9 +24,8 @@ DESCRIPTION = (
 )
 VICUNA_WIDTH = 4096  # where nothing gives another
 NOT_CHECKED = "not checked: "
-Sizes = tuple[
-    Optional[int], Optional[int]
-]  # channels of a hidden state, width of the LLM; None where nothing gives one
+# Channels of a hidden state and width of the LLM; None where nothing gives one.
+Sizes = tuple[Optional[int], Optional[int]]
 
 
 def check(
@@ -151,7 +150,7 @@ def _vision_config(tower: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(tower)
-    except (AttributeError, OSError, TypeError, ValueError) as error:  # the first and third of a JSON that is no object
+    except (AttributeError, OSError, TypeError, ValueError) as error:  # also of a config.json that holds no object
         first_line = str(error).split("\n")[0]
         raise ProjectorSpecError(f"cannot read the config of the vision tower {tower}: {first_line}") from error
     config = getattr(config, "vision_config", config)
@@ -174,13 +173,14 @@ def _adapter_fits(
     yield f"adapter: {adapter}, fits, and all its numbers are finite"
     if vision is None:
         return
-    if not weights.read_config_beside(adapter):
-        yield f"{NOT_CHECKED}what {adapter} was trained for, for want of a config.json beside it"
-        return
+    beside = weights.read_config_beside(adapter)
     different = record.differences(adapter, projector, resolved.options, _layers(resolved, vision, select_layer))
-    if different:
+    if beside and different:
         raise files.ProjectorWeightsError(f"{adapter} {different}")
-    yield "adapter's training: the same options and layers"
+    if registry.OPTIONS_SETTING in beside:
+        yield "adapter's training: the same options and layers"
+    else:
+        yield f"{NOT_CHECKED}what {adapter} was trained for: no config.json beside it records its options and layers"
 
 
 def _compare(resolved: registry.ResolvedSpec, given: Sizes, source: str, found: weights.Found) -> Projector:

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 
-from llava_projectors.commands.arguments import at_least
+from llava_projectors.commands.arguments import at_least, file_path
 from llava_projectors.commands.columns import print_columns
 from llava_projectors.tiny.assets import QUESTION, make_dataset, make_llm, make_vision_tower, photographs
 from llava_projectors.tiny.train import (
@@ -198,7 +198,7 @@ def _train_all(output: Path, assets: Assets, steps: int, say: Callable[[str], No
 def _until_the_first_failure(runs: list[Future[Path]]) -> set[Future[Path]]:
     """The runs that have ended, when all have or one has failed.
 
-    The wait is cut in pieces: a signal that arrives as Python begins to wait is handled when it has waited.
+    The wait is cut in pieces: Python handles a signal that arrives just as a wait begins only after that wait.
     """
     while True:
         ended, going = wait(runs, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -255,7 +255,7 @@ def _measured(checkpoint: Path, answer: Answer) -> tuple[str, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what may follow `llava-projectors demo`."""
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for checkpoints and logs (%(default)s)"
+        "--output", type=file_path, default=Path("runs/demo"), help="folder for checkpoints and logs (%(default)s)"
     )
     parser.add_argument("--steps", type=at_least(1), default=80, help="fine-tuning steps of each type (%(default)s)")
 

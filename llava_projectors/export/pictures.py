@@ -71,7 +71,7 @@ def _separators(config: Mapping[str, Any], source: Path) -> tuple[int, int]:
 
 
 def _video(config: Mapping[str, Any], merge: str, token_side: int) -> Optional[Frames]:
-    """LLaVA-NeXT's layout of videos; None where it fails on videos itself."""
+    """LLaVA-NeXT's layout of videos; None where LLaVA-NeXT itself fails on them."""
     pool = config.get("mm_spatial_pool_mode")
     if pool not in POOLS or config.get("add_faster_video"):
         return None

@@ -137,6 +137,6 @@ def _trained_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 
 def _was_trained(config: Mapping[str, Any]) -> bool:
-    """Whether LLaVA, or LLaVA-NeXT by its list of parts, which LLaVA does not read, takes it from the checkpoint."""
+    """Whether the stack that trained takes the tower from the checkpoint; only LLaVA-NeXT reads `mm_tunable_parts`."""
     parts = str(config.get("mm_tunable_parts") or "").split(",")
     return bool(config.get("unfreeze_mm_vision_tower") or (NEXT_SETTING in config and "mm_vision_tower" in parts))

@@ -11,7 +11,7 @@ from typing import Optional
 
 from PIL.Image import Image
 
-from llava_projectors.commands.arguments import not_empty
+from llava_projectors.commands.arguments import file_path, not_empty
 from llava_projectors.commands.show.draw import draw
 from llava_projectors.commands.show.models import Model, random_model, trained_model
 from llava_projectors.commands.show.page import page
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", type=int, action="append", default=[], help="a visual token, may be repeated")
     parser.add_argument("--html", action="store_true", help="write a page with every token")
     parser.add_argument(
-        "--output", type=Path, help="file to write, or folder (IMAGE-tokens.png; with --html IMAGE-tokens.html)"
+        "--output", type=file_path, help="file to write, or folder (IMAGE-tokens.png; with --html IMAGE-tokens.html)"
     )
 
 
