@@ -137,8 +137,9 @@ class LlavaProjectorsForConditionalGeneration(WholeCheckpoint, LlavaForCondition
         """As in transformers, but `repetition_penalty` sees the answer alone: LLaVA generates from embeddings."""
         parent: Any = super()
         processors = parent._get_logits_processor(*args, **kwargs)
+        given = [id(processor) for processor in kwargs.get("logits_processor") or ()]  # as its caller wants it
         for processor in processors:
-            if isinstance(processor, RepetitionPenaltyLogitsProcessor) and processor.prompt_ignore_length is None:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor) and id(processor) not in given:
                 processor.prompt_ignore_length = kwargs.get("input_ids_seq_length")
         return processors
 
