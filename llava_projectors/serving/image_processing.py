@@ -112,7 +112,8 @@ class LlavaProjectorsImageProcessor(ImageProcessingMixin):  # type: ignore[misc]
             images: a picture or lists of them: PIL, or uint8 [height, width, 3] or [3, height, width].
             return_tensors: as in transformers.
             image_aspect_ratio: `pad`, where pictures are cut by `anyres`: each is padded to a square and seen
-                whole, as LLaVA-NeXT trains several pictures of a prompt.
+                whole, as LLaVA-NeXT trains several pictures of a prompt; likewise where it sees several whole.
+                There `slice` cuts each.
             whole: for each picture, whether it is seen whole.
             videos: videos in the place of pictures: each a list of frames, or an array of them.
 
@@ -201,15 +202,17 @@ def seen_whole(layout: Layout, places: Sequence[int], image_aspect_ratio: Option
         image_aspect_ratio: see `LlavaProjectorsImageProcessor.preprocess`.
 
     Raises:
-        ValueError: another aspect ratio than `pad`, or for another layout.
+        ValueError: an aspect ratio that no call may ask for.
     """
-    if image_aspect_ratio is not None and (image_aspect_ratio != "pad" or not isinstance(layout, AnyResolution)):
+    known = ["pad"] * isinstance(layout, AnyResolution) + ["pad", "slice"] * (not layout.cuts_several)
+    if image_aspect_ratio is None:
+        return [not layout.cuts_several and count > 1 for count in places for _ in range(count)]
+    if image_aspect_ratio not in known:
         raise ValueError(
-            f"image_aspect_ratio {image_aspect_ratio!r}: a call may ask for 'pad' where the folder has anyres; its "
-            f"image_layout is {layout.kind!r}"
+            f"image_aspect_ratio {image_aspect_ratio!r}: a folder with this image_layout, {layout.kind!r}, takes "
+            f"{' or '.join(map(repr, known)) or 'none'} in a call"
         )
-    are_cut = image_aspect_ratio is None
-    return [not (are_cut and (layout.cuts_several or count == 1)) for count in places for _ in range(count)]
+    return [image_aspect_ratio == "pad"] * sum(places)
 
 
 def size_of(picture: Image.Image) -> Size:

@@ -17,7 +17,7 @@ from transformers import AutoModel, RepetitionPenaltyLogitsProcessor
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 
 from llava_projectors.registry import projector_class
-from llava_projectors.serving.layout import Slices, layout_of, pack_pictures
+from llava_projectors.serving.layout import Slices, layout_of, pack_pictures, row_of_video
 from llava_projectors.serving.travel import write_code
 
 # What transformers does not save again.
@@ -113,6 +113,20 @@ class LlavaProjectorsModel(WholeCheckpoint, LlavaModel):  # type: ignore[misc]
             return packed
         found.pooler_output = packed
         return found
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, *args: Any, video_grid_thw: Any, **kwargs: Any
+    ) -> Any:
+        """For vLLM's transformers backend: for each video its tokens as the LLM gets them, [positions, D].
+
+        Args:
+            pixel_values_videos: of all frames, [T, 3, side, side].
+            args: as in `get_image_features`.
+            video_grid_thw: [videos, 3], frames first.
+            kwargs: as in `get_image_features`.
+        """
+        rows = [row_of_video(int(frames)) for frames, *_ in video_grid_thw for _ in range(int(frames))]
+        return self.get_image_features(pixel_values_videos, *args, image_sizes=rows, **kwargs)
 
     def embeddings_between(self) -> Optional[torch.Tensor]:
         """What stands between and behind tokens: `image_newline` [D], or the separators of tiles [2, D]."""

@@ -18,6 +18,13 @@ from llava_projectors.serving.image_processing import (
 )
 from llava_projectors.serving.layout import Row, Size, positions_of, row_of_video, rows_of
 
+ONE_WAY = (
+    "this model cuts a single picture into tiles and sees several of a prompt whole, which vLLM's transformers backend "
+    "cannot tell apart. Install llava-projectors beside vLLM, or start it with --mm-processor-kwargs "
+    """'{"image_aspect_ratio": "slice"}' --limit-mm-per-prompt '{"image": 1}' for prompts of one picture, or with """
+    """--mm-processor-kwargs '{"image_aspect_ratio": "pad"}' for pictures that are seen whole"""
+)
+
 
 class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
     """As in transformers, but the number of positions is counted by each picture's size."""
@@ -33,6 +40,20 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
         parent: Any = super()
         settings: dict[str, Any] = parent.to_dict(*args, **kwargs)
         return {**settings, "processor_class": STOCK_NAMES["processor_class"]}
+
+    @property
+    def video_processor(self) -> LlavaProjectorsImageProcessor:
+        """What prepares videos; no such attribute where none were trained."""
+        processor: LlavaProjectorsImageProcessor = self.image_processor
+        if processor.layout.video is None:
+            raise AttributeError("video_processor: this model was not trained on videos")
+        return processor
+
+    @property
+    def video_token(self) -> str:
+        """Videos stand where pictures do."""
+        token: str = self.image_token
+        return token
 
     @classmethod
     def _get_arguments_from_pretrained(cls, source: Any, *_: Any, **kwargs: Any) -> list[Any]:
@@ -71,8 +92,13 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
         offsets: list[list[dict[str, Any]]] = []
         if text is not None:
             if rows:
-                prompts, offsets = self._expand(prompts, rows)
+                prompts, offsets = self._expand(prompts, rows, "image" if videos is None else "video")
             data = {**self._tokens(prompts, settings), **data}
+        if wants_offsets and videos is not None:
+            # vLLM's transformers backend asks, and knows the parts of videos by these names.
+            data["pixel_values_videos"] = data.pop("pixel_values")
+            data["video_grid_thw"] = [(frames, 1, 1) for *_, frames in rows]
+            del data["image_sizes"]
         result = BatchFeature(data, tensor_type=return_tensors)
         if wants_offsets:
             result["text_replacement_offsets"] = offsets
@@ -104,7 +130,9 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
     def _fetch(self, image: Any) -> Any:
         return to_picture(self.image_processor.fetch_images(image) if isinstance(image, str) else image)
 
-    def _expand(self, prompts: list[str], rows: Sequence[Row]) -> tuple[list[str], list[list[dict[str, Any]]]]:
+    def _expand(
+        self, prompts: list[str], rows: Sequence[Row], kind: str
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
         """Each `<image>` as often as its picture takes positions, and where these stand, as transformers tells it."""
         token = self.image_token
         layout, remaining = self.image_processor.layout, iter(rows)
@@ -115,7 +143,7 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
             for piece in pieces[1:]:
                 replacement = token * positions_of(layout, next(remaining))
                 entries.append({
-                    "type": "image",
+                    "type": kind,
                     "span": (start, start + len(token)),
                     "new_span": (len(result), len(result) + len(replacement)),
                     "text": token,
@@ -138,20 +166,32 @@ class LlavaProjectorsProcessor(LlavaProcessor):  # type: ignore[misc]
         return data
 
     def _get_num_multimodal_tokens(
-        self, image_sizes: Optional[Sequence[Size]] = None, image_aspect_ratio: Optional[str] = None, **_: Any
+        self,
+        image_sizes: Optional[Sequence[Size]] = None,
+        video_sizes: Optional[Sequence[Row]] = None,
+        image_aspect_ratio: Optional[str] = None,
+        **_: Any,
     ) -> Any:
-        """Positions and tiles of pictures of these heights and widths; vLLM's transformers backend asks."""
+        """Positions and tiles of pictures of these heights and widths, and positions of videos of these frames.
+
+        vLLM's transformers backend asks, and prepares each picture without knowing of the others of its prompt.
+
+        Raises:
+            ValueError: several are seen whole and single ones cut, and `image_aspect_ratio` does not say which.
+        """
         from transformers.processing_utils import MultiModalData
 
-        if image_sizes is None:
-            return MultiModalData()
-        layout = self.image_processor.layout
-        sizes = [(int(height), int(width)) for height, width in image_sizes]
-        rows = rows_of(layout, sizes, seen_whole(layout, [1] * len(sizes), image_aspect_ratio))
-        return MultiModalData(
-            num_image_tokens=[positions_of(layout, row) for row in rows],
-            num_image_patches=[count for *_, count in rows],
-        )
+        layout, found = self.image_processor.layout, {}
+        if image_sizes is not None:
+            if not layout.cuts_several and image_aspect_ratio is None:
+                raise ValueError(ONE_WAY)
+            sizes = [(int(height), int(width)) for height, width in image_sizes]
+            rows = rows_of(layout, sizes, seen_whole(layout, [1] * len(sizes), image_aspect_ratio))
+            found["num_image_tokens"] = [positions_of(layout, row) for row in rows]
+            found["num_image_patches"] = [count for *_, count in rows]
+        if video_sizes is not None:
+            found["num_video_tokens"] = [positions_of(layout, row_of_video(int(size[0]))) for size in video_sizes]
+        return MultiModalData(**found)
 
 
 def _flatten(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,7 @@
-"""Ask vLLM what a reference asks: `python ask_vllm.py FOLDER REFERENCE`; one JSON object for each case."""
+"""Ask vLLM what a reference asks: `python ask_vllm.py FOLDER REFERENCE [ASPECT]`; one JSON object for each case.
+
+ASPECT is one of `aspect_of`: vLLM is told that pictures are seen so, and asked about those that are.
+"""
 
 import importlib
 import json
@@ -9,20 +12,38 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "llava_projectors" / "export"
 compare = importlib.import_module("compare")
 
 
-def main(folder, reference):
+def aspect_of(layout, case):
+    """How the pictures of a case are seen, as vLLM's transformers backend has to be told; `None` if it need not be."""
+    cuts_several = layout.get("cuts_several", True)
+    several = case["given_as"] == "pictures" and len(case["images"]) > 1
+    if case["given_as"] == "pad" or (several and not cuts_several):
+        return "pad"
+    return "None" if cuts_several else "slice"
+
+
+def question(case):
+    """What vLLM takes. It would lay transparency on white before any processor sees it."""
+    pictures = [image.convert("RGB") for image in case["images"]]
+    if case["given_as"] == "video":
+        return {"prompt": case["prompt"], "multi_modal_data": {"video": pictures}}
+    settings = {"image_aspect_ratio": "pad"} if case["given_as"] == "pad" else {}
+    return {"prompt": case["prompt"], "multi_modal_data": {"image": pictures}, "mm_processor_kwargs": settings}
+
+
+def main(folder, reference, aspect=None):
     from vllm import LLM, SamplingParams
 
+    layout = json.loads((Path(folder) / "config.json").read_text())["image_layout"]
+    cases = [case for case in compare.load_cases(reference) if aspect in (None, aspect_of(layout, case))]
+    kinds = {"image", *("video" for case in cases if case["given_as"] == "video")}
     llm = LLM(
         folder, trust_remote_code=True, dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
-        limit_mm_per_prompt={"image": 2},
+        limit_mm_per_prompt=dict.fromkeys(kinds, 2),
+        mm_processor_kwargs={"image_aspect_ratio": aspect} if aspect in ("pad", "slice") else None,
     )  # fmt: skip
-    # vLLM takes pictures, each as the folder's config says.
-    cases = [case for case in compare.load_cases(reference) if case["given_as"] == "pictures"]
-    # vLLM would lay transparency on white before any processor sees it.
-    pictures = [[image.convert("RGB") for image in case["images"]] for case in cases]
-    asked = [{"prompt": case["prompt"], "multi_modal_data": {"image": p}} for case, p in zip(cases, pictures)]
     settings = SamplingParams(temperature=0, max_tokens=cases[0]["max_new_tokens"])
-    for case, answer in zip(cases, llm.generate(asked, settings)):  # vLLM batches them
+    answers = llm.generate([question(case) for case in cases], settings)  # vLLM batches them
+    for case, answer in zip(cases, answers):
         expected = {"answer_ids": case["answer_ids"], "prompt_tokens": len(case["logits"])}
         found = {"answer_ids": list(answer.outputs[0].token_ids), "prompt_tokens": len(answer.prompt_token_ids)}
         print(json.dumps({"found": found, "expected": expected}), flush=True)

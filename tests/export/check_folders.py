@@ -136,11 +136,59 @@ def test_the_number_of_tokens(folder, loaded, cases):
     config = json.loads((folder / "config.json").read_text())
     alone = [case for case in cases if case["given_as"] == "pictures" and len(case["images"]) == 1]
     several = [case for case in cases if case["given_as"] == "pictures" and len(case["images"]) > 1]
-    for case in alone + (several if config["image_layout"].get("cuts_several", True) else []):
+    cuts_several = config["image_layout"].get("cuts_several", True)
+    settings = {} if cuts_several else {"image_aspect_ratio": "slice"}
+    for case in alone + (several if cuts_several else []):
         inputs = compare.inputs_of(processor, case)
-        counted = processor._get_num_multimodal_tokens([(image.height, image.width) for image in case["images"]])
+        sizes = [(image.height, image.width) for image in case["images"]]
+        counted = processor._get_num_multimodal_tokens(sizes, **settings)
         assert int((inputs["input_ids"] == config["image_token_index"]).sum()) == sum(counted["num_image_tokens"])
         assert len(inputs["pixel_values"]) == sum(counted["num_image_patches"])
+
+
+def test_as_vllm_asks_for_a_video(loaded, cases):
+    """Its transformers backend, under names of its own: the same tokens, at the same places."""
+    model, processor = loaded
+    video = next((case for case in cases if case["given_as"] == "video"), None)
+    assert hasattr(processor, "video_processor") == (video is not None)
+    if video is None:
+        return
+    frames = video["images"]
+    size = len(frames), frames[0].height, frames[0].width
+    prompt = f"{processor.video_token} a {processor.video_token}"
+    asked = {"text": prompt, "videos": [frames, frames[:1]], "return_tensors": "pt"}
+    plain, found = processor(**asked), processor(**asked, return_text_replacement_offsets=True)
+    assert torch.equal(found["input_ids"], plain["input_ids"])
+    (entries,) = found["text_replacement_offsets"]
+    counted = processor._get_num_multimodal_tokens(video_sizes=[size, (1, 8, 8)])["num_video_tokens"]
+    assert [(one["type"], one["replacement"].count("<image>")) for one in entries] == [("video", n) for n in counted]
+    expected = model.model.get_image_features(plain["pixel_values"], image_sizes=plain["image_sizes"])
+    features = model.model.get_video_features(found["pixel_values_videos"], video_grid_thw=found["video_grid_thw"])
+    for one, other, count in zip(of_version(expected), of_version(features), counted, strict=True):
+        assert len(one) == count
+        assert torch.equal(one, other)
+
+
+def of_version(features):
+    """transformers 5 puts them beside other outputs."""
+    return getattr(features, "pooler_output", features)
+
+
+def test_several_pictures_that_are_seen_whole(loaded, cases):
+    """One after another they are what they are together, for a server that prepares each alone."""
+    _, processor = loaded
+    layout = processor.image_processor.layout
+    if layout.cuts_several:
+        pytest.skip(f"{layout.kind} cuts several pictures of a prompt as it cuts one")
+    several = next(case for case in cases if case["given_as"] == "pictures" and len(case["images"]) > 1)
+    together = compare.inputs_of(processor, several)["pixel_values"]
+    alone = [processor(one, "<image>", return_tensors="pt", image_aspect_ratio="pad") for one in several["images"]]
+    assert torch.equal(torch.cat([one["pixel_values"] for one in alone]), together)
+    sizes = [(image.height, image.width) for image in several["images"]]
+    counted = processor._get_num_multimodal_tokens(sizes, image_aspect_ratio="pad")["num_image_tokens"]
+    assert [int((one["input_ids"] == processor.image_token_id).sum()) for one in alone] == counted
+    with pytest.raises(ValueError, match="sees several of a prompt whole, which vLLM's .* --mm-processor-kwargs"):
+        processor._get_num_multimodal_tokens(sizes)
 
 
 def test_the_processor_fails_without_its_code(folder):
@@ -179,9 +227,11 @@ def test_what_the_folder_has_no_layout_for_is_refused(folder, loaded, cases):
     if layout.get("video") is None:
         with pytest.raises(ValueError, match="not trained on videos: pass their frames as pictures"):
             processor(videos=[[picture]], text="<image>")
-    if layout["kind"] != "anyres":
-        with pytest.raises(ValueError, match=f"'pad' where the folder has anyres; .*'{layout['kind']}'"):
-            processor(images=[picture], text="<image>", image_aspect_ratio="pad")
+    known = ["'pad'"] * (layout["kind"] == "anyres") + ["'pad'", "'slice'"] * (not layout.get("cuts_several", True))
+    for asked in {"'pad'", "'slice'", "'anyres'"} - {*known}:
+        shown = " or ".join(known) or "none"
+        with pytest.raises(ValueError, match=f"{asked}: a folder with this image_layout, .*takes {shown} in a call"):
+            processor(images=[picture], text="<image>", image_aspect_ratio=asked.strip("'"))
     with pytest.raises(ValueError, match="a call takes pictures or videos, and text"):
         processor(images=[picture], videos=[[picture]], text="<image><image>")
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -24,14 +25,29 @@ import pytest
 HERE = Path(__file__).parent
 EXPORTED = Path(os.environ["EXPORTED"])
 # One tile; grids of tiles; LLaVA-NeXT's, where its environment made them.
-KINDS = ("saep", "tokenpacker-scale-factor-3", "slice9", "slice16", "anyres-unpad", "qwen2-pad", "qwen2-anyres")
+KINDS = (
+    "saep",
+    "tokenpacker-scale-factor-3",
+    "slice9",
+    "slice16",
+    "anyres-unpad",
+    "qwen2-pad",
+    "qwen2-anyres",
+    "qwen2-slice",
+)
 NAMES = [name for name in KINDS if (EXPORTED / name).is_dir()]
-QUESTIONS = ("What does the picture show?", "Describe the colours, in one sentence.", "Which one is darker?")
+QUESTIONS = (
+    "What does the picture show?",
+    "Describe the colours, in one sentence.",
+    "Which one is darker?",
+    "What moves?",
+)
 HOST = "127.0.0.1"
 WAYS = ("backend", "native")
 BACKEND = "falling back to Transformers implementation"
-sys.path.insert(0, str(HERE.parents[1] / "llava_projectors" / "export"))
+sys.path[:0] = [str(HERE.parents[1] / "llava_projectors" / "export"), str(HERE)]
 compare = importlib.import_module("compare")
+aspect_of = importlib.import_module("ask_vllm").aspect_of
 
 
 def environment(way):
@@ -53,21 +69,43 @@ def cases_of(name):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_llava_says(name, way, tmp_path):
-    assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path)
+    """The plugin is asked all at once; the backend has to be told how pictures are seen."""
+    layout = json.loads((EXPORTED / name / "config.json").read_text())["image_layout"]
+    aspects = {None} if way == "native" else {aspect_of(layout, case) for case in cases_of(name)}
+    answered = sum(
+        assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path, *filter(None, (aspect,)))
+        for aspect in sorted(aspects, key=str)
+    )
+    assert answered == len(cases_of(name)) >= 9
 
 
-def assert_equal(folder, reference, way, tmp_path):
-    """Answers token by token, and the lengths of the prompts."""
-    command = [sys.executable, HERE / "ask_vllm.py", folder, reference]
+def assert_equal(folder, reference, way, tmp_path, *aspect):
+    """Answers token by token, and the lengths of the prompts -> how many there were."""
+    answers, output = ask_offline(folder, reference, way, tmp_path, *aspect)
+    assert answers, output[-4000:]
+    assert (BACKEND in output) == (way == "backend")
+    for answer in answers:
+        assert answer["found"] == answer["expected"]
+    return len(answers)
+
+
+def ask_offline(folder, reference, way, tmp_path, *aspect):
+    command = [sys.executable, HERE / "ask_vllm.py", folder, reference, *aspect]
     done = subprocess.run(
         command, env=environment(way), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (BACKEND in done.stdout + done.stderr) == (way == "backend")
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"')]
-    assert len(answers) >= 9
-    for answer in answers:
-        assert answer["found"] == answer["expected"]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"')], (
+        done.stdout + done.stderr
+    )
+
+
+@pytest.mark.skipif("qwen2-slice" not in NAMES, reason="LLaVA-NeXT's environment made no folder")
+def test_what_the_backend_cannot_tell_apart_is_refused_at_the_start(tmp_path):
+    """A single picture, which is cut, and several, which are seen whole."""
+    name = "qwen2-slice"
+    answers, output = ask_offline(EXPORTED / name, EXPORTED / f"{name}.pt", "backend", tmp_path)
+    assert not answers
+    assert "which vLLM's transformers backend cannot tell apart. Install llava-projectors beside vLLM" in output
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +163,28 @@ def server(name, way, log):
             child.wait(60)
 
 
+def encoded(image):
+    data = io.BytesIO()
+    image.convert("RGB").save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
 def ask(url, case):
-    images = []
-    for image in case["images"]:
-        data = io.BytesIO()
-        image.convert("RGB").save(data, "PNG")
-        images.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
+    images = [encoded(image) for image in case["images"]]
     question = next(question for question in QUESTIONS if question in case["prompt"])
-    content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+    if case["given_as"] == "video":  # the frames of a video are named so, whatever their format
+        content = [{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(images)}"}}]
+    return post(url, [*content, {"type": "text", "text": question}], case["max_new_tokens"])
+
+
+def post(url, content, max_tokens):
     body = {
         "model": "llava",
         "temperature": 0,
-        "max_tokens": case["max_new_tokens"],
+        "max_tokens": max_tokens,
         "return_token_ids": True,
-        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        "messages": [{"role": "user", "content": content}],
     }
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -148,12 +194,27 @@ def ask(url, case):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in ("saep", "slice9", "qwen2-anyres") if name in NAMES])
 def test_the_openai_server(name, way, tmp_path):
-    """Pictures of several sizes, two in a prompt, each prompt twice, five at once, with vLLM's caches on."""
-    cases = cases_of(name)
-    picked = [*cases[:8], cases[-1], *cases[:8]]  # the last has two pictures
+    """Pictures of several sizes, two in a prompt, videos, each prompt twice, five at once, with vLLM's caches on."""
+    cases = [case for case in cases_of(name) if case["given_as"] != "pad"]
+    videos = [case for case in cases if case["given_as"] == "video"]
+    picked = [*cases[:8], *videos, cases[-1], *videos, *cases[:8]]  # the last has two pictures
     with server(name, way, tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(lambda case: ask(url, case), picked))
+        if videos and way == "native":
+            assert_mixed_is_refused(url, videos[0]["images"])
     assert (BACKEND in (tmp_path / "log").read_text()) == (way == "backend")
     for case, answer in zip(picked, answers):
         assert answer["choices"][0]["token_ids"] == case["answer_ids"]
         assert answer["usage"]["prompt_tokens"] == len(case["logits"])
+
+
+def assert_mixed_is_refused(url, frames):
+    """A picture beside a video, whose places in the prompt look alike."""
+    picture, video = encoded(frames[0]), ",".join(map(encoded, frames))
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{video}"}},
+    ]
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(url, content, 1)
+    assert "a prompt takes pictures or videos" in caught.value.read().decode()
