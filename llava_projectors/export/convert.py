@@ -21,7 +21,7 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.llm import generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
-from llava_projectors.export.templates import choose, write_templates
+from llava_projectors.export.templates import between_marks, choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
 from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, refuse_quantised, tower_weights
@@ -123,11 +123,6 @@ def _our_type(config: Mapping[str, Any], source: Path) -> str:
 def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise ExportError(f"{source} has mm_vision_select_feature {config['mm_vision_select_feature']!r}, not 'patch'")
-    if config.get("mm_use_im_start_end"):
-        raise ExportError(
-            f"{source} has mm_use_im_start_end {config['mm_use_im_start_end']!r}: its prompts put a picture between "
-            "<im_start> and <im_end>, which the exported chat template does not"
-        )
     for setting in (*SECOND_TOWER_SETTINGS, "s2"):
         if config.get(setting):
             raise ExportError(f"{source} has {setting} {config[setting]!r}: one tower at one scale can be exported")
@@ -363,6 +358,8 @@ def export_checkpoint(
         tokenizer = export_tokenizer(llm, folder)
         kind = export.text_config["model_type"]
         template = choose(kind, tokenizer.tokens, conversation, chat_template, export.checkpoint.source)
+        if export.checkpoint.config.get("mm_use_im_start_end"):
+            template = between_marks(template, tokenizer.tokens, export.checkpoint.source)
         write_templates(template, tokenizer.adds_start, folder)
         outputs = plan_weights(export, tokenizer)
         check_room(folder, outputs, DTYPES[export.dtype])

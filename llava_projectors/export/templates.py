@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
 from llava_projectors.export.errors import ExportError
 
+# Around each picture, where `mm_use_im_start_end` is set.
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 _TEXT = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
     "{% for part in content %}{% if part['type'] in ('image', 'video') %}<image>\n{% endif %}{% endfor %}"
@@ -140,6 +142,38 @@ def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optiona
             f"--conv-mode with the one that it was trained in ({', '.join(TEMPLATES)}), or --chat-template with a file"
         )
     return ChatTemplate(chosen, TEMPLATES[chosen])
+
+
+def between_marks(template: ChatTemplate, tokens: Collection[str], source: Path) -> ChatTemplate:
+    """The template for `mm_use_im_start_end`: pictures stand between two tokens of their own.
+
+    Args:
+        template: of the export; a user's own has the tokens already.
+        tokens: of the tokenizer.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ExportError: the tokenizer lacks them, or the user's template.
+    """
+    missing = [mark for mark in (IMAGE_START, IMAGE_END) if mark not in tokens]
+    if missing:
+        raise ExportError(
+            f"{source} has mm_use_im_start_end and a tokenizer without {' and '.join(missing)}: copy the tokenizer "
+            "that LLaVA's script saved"
+        )
+    if template.name in TEMPLATES:
+        return replace(template, jinja=template.jinja.replace("<image>", marked("<image>")))
+    if not {IMAGE_START, IMAGE_END} <= {*re.findall(f"{IMAGE_START}|{IMAGE_END}", template.jinja)}:
+        raise ExportError(
+            f"{source} has mm_use_im_start_end, so that a picture stands as {marked('<image>')}: write it so in "
+            f"--chat-template {template.name}"
+        )
+    return template
+
+
+def marked(image: str) -> str:
+    """`<image>` as `mm_use_im_start_end` writes it."""
+    return f"{IMAGE_START}{image}{IMAGE_END}"
 
 
 def _read(file: Path) -> str:

@@ -26,6 +26,7 @@ import torch
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.llm import LLMS, SAMPLING, end_tokens
+from llava_projectors.export.templates import marked
 from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
 from llava_projectors.integration.loader import load, name_for
@@ -364,6 +365,8 @@ def verify(
     round_weights(model, dtype)
     known = known_tokens(source)
     asked = default_questions(layout_of(config["image_layout"]))
+    if getattr(model.config, "mm_use_im_start_end", False):
+        asked = [one._replace(prompt=one.prompt.replace("<image>", marked("<image>"))) for one in asked]
     cases = [ask(tokenizer, model, processor, question, 24, package, known) for question in asked]
     differences = [
         *different_settings(config["text_config"], model.config),

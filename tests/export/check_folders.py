@@ -84,7 +84,8 @@ def test_chat_template(loaded, cases):
     _, processor = loaded
     if " ASSISTANT:" not in cases[0]["prompt"]:
         pytest.skip("the prompts were made by the template itself")
-    content = [{"type": "image"}, {"type": "text", "text": cases[0]["prompt"].split("<image>\n")[1].split(" ASS")[0]}]
+    question = cases[0]["prompt"].split("<image>")[1].split("\n")[1].split(" ASS")[0]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert text == cases[0]["prompt"]
 

@@ -83,6 +83,7 @@ LLAVA = {
             "mm_patch_merge_type": "spatial_unpad",
         },
     ),
+    "start-end": Family("llama", settings={"image_aspect_ratio": "pad", "mm_use_im_start_end": True}),
     "rope-scaling": Family(
         "llama", settings={"image_aspect_ratio": "pad", "rope_scaling": {"type": "linear", "factor": 2.0}}
     ),
@@ -237,8 +238,9 @@ def make_checkpoint(root, name, family):
     arguments = SimpleNamespace(
         vision_tower=tower, mm_vision_select_layer=-2, mm_vision_select_feature="patch", pretrain_mm_mlp_adapter=None,
         mm_patch_merge_type=family.settings.get("mm_patch_merge_type", "flat"), mm_projector_type=family.projector_type,
-        mm_use_im_patch_token=False, mm_use_im_start_end=False, tune_mm_mlp_adapter=False, mm_resampler_type=None,
-        add_faster_video=False, image_aspect_ratio=family.settings["image_aspect_ratio"], vision_tower_pretrained=None,
+        mm_use_im_patch_token=False, mm_use_im_start_end=family.settings.get("mm_use_im_start_end", False),
+        tune_mm_mlp_adapter=False, mm_resampler_type=None, add_faster_video=False,
+        image_aspect_ratio=family.settings["image_aspect_ratio"], vision_tower_pretrained=None,
     )  # fmt: skip
     for key, value in {"mm_use_im_patch_token": False, "mm_use_im_start_end": False, **family.settings}.items():
         setattr(model.config, key, value)
@@ -272,9 +274,10 @@ def pictures():
 
 def questions(jinja_start, jinja_end, family):
     """About each picture; where the stack trains them, about a video and pictures that are padded; about two."""
-    asked = [(f"{jinja_start}<image>\n{question}{jinja_end}", [picture])
+    image = "<im_start><image><im_end>" if family.settings.get("mm_use_im_start_end") else "<image>"
+    asked = [(f"{jinja_start}{image}\n{question}{jinja_end}", [picture])
              for picture in pictures() for question in (assets.QUESTION, "Which one is darker?")]  # fmt: skip
-    both = (f"{jinja_start}<image>\n<image>\nWhich one is darker?{jinja_end}", pictures()[1:3])
+    both = (f"{jinja_start}{image}\n{image}\nWhich one is darker?{jinja_end}", pictures()[1:3])
     if family.settings.get("mm_spatial_pool_mode"):
         frames = [pictures()[number].resize(VIDEO) for number in (0, 2, 1)]
         asked.append((f"{jinja_start}<image>\nWhat moves?{jinja_end}", frames, "video"))

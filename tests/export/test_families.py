@@ -7,9 +7,11 @@ import random
 import families
 import pytest
 import torch
+import transformers
 
 from llava_projectors.export import verify
 from llava_projectors.export.convert import export_checkpoint
+from llava_projectors.export.errors import ExportError
 from llava_projectors.serving.layout import (
     AnyResolution,
     Frames,
@@ -108,3 +110,21 @@ def test_a_family_is_what_its_own_stack_says(root, name):
     if name.startswith(("slice", "anyres")):
         assert len({len(case["logits"]) for case in cases}) >= 3
     assert verify.verify(folder, str(checkpoint), None) == []
+
+
+def test_pictures_stand_between_tokens_where_they_were_trained_so(root, tmp_path):
+    checkpoint, _ = families.make_checkpoint(root, "start-end", families.LLAVA["start-end"])
+    export_checkpoint(str(checkpoint), tmp_path / "out")
+    start, end = families.prompt_parts(tmp_path / "out")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "TEXT"}]}]
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    template = (tmp_path / "out" / "chat_template_vllm.jinja").read_text()
+    text = tokenizer.apply_chat_template(chat, template, tokenize=False, add_generation_prompt=True)
+    assert text == f"<s>{start}<im_start><image><im_end>\nTEXT{end}"
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[0]['content'] }} <image>")
+    with pytest.raises(ExportError, match=r"stands as <im_start><image><im_end>: write it so in --chat-template own"):
+        export_checkpoint(str(checkpoint), tmp_path / "other", chat_template=own)
+    own.write_text("{{ messages[0]['content'] }} <im_start><image><im_end>")
+    export_checkpoint(str(checkpoint), tmp_path / "other", chat_template=own)
+    assert (tmp_path / "other" / "chat_template.jinja").read_text() == own.read_text()
