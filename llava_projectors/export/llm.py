@@ -64,7 +64,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cuto
 OF_TOKENS_SO_FAR = {
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0,
     "forced_bos_token_id": None, "forced_decoder_ids": None, "begin_suppress_tokens": None, "guidance_scale": 1.0,
-    "penalty_alpha": 0.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+    "penalty_alpha": 0.0, "num_beam_groups": 1, "diversity_penalty": 0.0, "sequence_bias": None,
+    "force_words_ids": None, "constraints": None,
 }  # fmt: skip
 # `max_length` counts the prompt too. From here on it is the length of the context, which the files of LLMs have there.
 LONG, USUAL_LENGTH = 2048, 20
@@ -75,8 +76,16 @@ OF_MODEL_CONFIG = {
     "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "bad_words_ids": None,
     "renormalize_logits": False, "forced_eos_token_id": None, "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None, "suppress_tokens": None, "sequence_bias": None,
+    "exponential_decay_length_penalty": None, "suppress_tokens": None,
 }  # fmt: skip
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Every setting of generation that LLaVA's stack reads. What only later versions read (`stop_strings`, `dola_layers`,
+# `top_h`) changes no answer of LLaVA's, and would in the folder.
+READ = {
+    *OF_MODEL_CONFIG, *TOKENS, "use_cache", "num_return_sequences", "low_memory", "output_attentions",
+    "output_hidden_states", "output_scores", "return_dict_in_generate",
+}  # fmt: skip
+READ_SINCE_4_41 = {"min_p"}
 
 
 def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -178,7 +187,6 @@ def generation_config(folder: Path, text: Mapping[str, Any], config: Mapping[str
         ExportError: a setting that would act on the prompt too.
         ProjectorSpecError: the file is no JSON object.
     """
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     path = folder / "generation_config.json"
     if path.is_file():
         found = read_json(path)
@@ -186,9 +194,8 @@ def generation_config(folder: Path, text: Mapping[str, Any], config: Mapping[str
         path = source / "config.json"
         found = {name: config[name] for name, usual in OF_MODEL_CONFIG.items() if config.get(name, usual) != usual}
     _refuse_settings_of_the_prompt(found, path)
-    settings = {name: text.get(name) for name in tokens} | found
-    for name in ("transformers_version", "_from_model_config"):
-        settings.pop(name, None)
+    read = READ | READ_SINCE_4_41 if _version(config.get("transformers_version")) >= (4, 41) else READ
+    settings = {name: text.get(name) for name in TOKENS} | {name: found[name] for name in found.keys() & read}
     if not settings.get("do_sample"):
         # They have no effect then, but newer versions refuse to save them, and vLLM samples with them.
         for name in SAMPLING:

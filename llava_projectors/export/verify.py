@@ -25,7 +25,7 @@ import torch
 
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.llm import LLMS, SAMPLING, end_tokens
+from llava_projectors.export.llm import LLMS, READ, SAMPLING, end_tokens
 from llava_projectors.export.templates import marked
 from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
@@ -403,7 +403,7 @@ def different_generation(folder: Path, trained: Any) -> Iterator[str]:
     if exported != own:
         yield f"answers end in the tokens {sorted(exported)}, LLaVA's in {sorted(own)}"
     idle = () if trained.do_sample else SAMPLING
-    of_llava = trained.to_diff_dict().keys() - {"eos_token_id", "transformers_version", "_from_model_config", *idle}
+    of_llava = (trained.to_diff_dict().keys() & READ) - {"eos_token_id", *idle}
     for name in sorted(settings.keys() | of_llava):
         if settings.get(name) != getattr(trained, name, None):
             yield f"generation_config.json has {name} {settings.get(name)!r}, LLaVA's {getattr(trained, name, None)!r}"

@@ -239,6 +239,8 @@ def test_the_penalty_of_qwen2s_models_is_kept(checkpoint, tmp_path, capsys):
         ("penalty_alpha", 0.6, 0.0),
         ("num_beam_groups", 2, 1),
         ("bad_words_ids", [[29, 30]], [[29]]),
+        ("sequence_bias", [[[29, 30], -10.0]], None),
+        ("force_words_ids", [[29]], None),
     ],
 )
 def test_settings_that_would_see_the_prompt_are_refused(checkpoint, refused, tmp_path, name, value, idle):
@@ -249,6 +251,20 @@ def test_settings_that_would_see_the_prompt_are_refused(checkpoint, refused, tmp
     edit(folder / "generation_config.json", **{name: idle})
     export_checkpoint(str(folder), tmp_path / "out")
     assert verify.verify(tmp_path / "out", str(folder), None) == []
+
+
+def test_settings_that_only_later_versions_read_are_left_out(checkpoint, tmp_path):
+    """Of a base of today: LLaVA answers without them."""
+    folder = checkpoint()
+    later = {"stop_strings": ["a"], "dola_layers": "high", "min_p": 0.2, "top_h": 0.4, "token_healing": True}
+    edit(folder / "generation_config.json", do_sample=True, temperature=0.7, **later)
+    export_checkpoint(str(folder), tmp_path / "out")
+    written = settings_of(tmp_path / "out", "generation_config.json")
+    assert {*written} == {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature"}
+    assert verify.verify(tmp_path / "out", str(folder), None) == []
+    edit(folder / "config.json", transformers_version="4.41.2")
+    export_checkpoint(str(folder), tmp_path / "next")
+    assert settings_of(tmp_path / "next", "generation_config.json")["min_p"] == 0.2
 
 
 def test_settings_of_generation_in_the_models_config(checkpoint, refused, tmp_path):
