@@ -73,12 +73,15 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     _refuse_other_tokens(tokenizer, special, settings, source)
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     tokenizer.save(str(target / "tokenizer.json"))
+    cleans_up = settings.get("clean_up_tokenization_spaces", not is_rebuilt)
     written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "image_token": IMAGE_TOKEN,
         "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-        "clean_up_tokenization_spaces": settings.get("clean_up_tokenization_spaces", not is_rebuilt),
+        "clean_up_tokenization_spaces": cleans_up,
+        # Without it transformers 5 gives the first no effect, and " ." stays what LLaVA prints as ".".
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": cleans_up,
         # LLaVA's LLMs take no token types.
         "model_input_names": ["input_ids", "attention_mask"],
         # Left, for batches that generate.

@@ -192,6 +192,16 @@ def test_several_pictures_that_are_seen_whole(loaded, cases):
         processor._get_num_multimodal_tokens(sizes)
 
 
+def test_spaces_before_punctuation(name, loaded):
+    """LLaVA's tokenizer of Llama 3 takes them away, its other ones do not."""
+    tokenizer = loaded[1].tokenizer
+    text = "Hello , it 's a dog . He does n't !"
+    cleaned = {"llama3": "Hello, it's a dog. He doesn't!"}
+    if "qwen2" not in name:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == cleaned.get(name, text)
+
+
 def test_the_processor_fails_without_its_code(folder):
     """The stock one would prepare pictures otherwise, and count other tokens."""
     from transformers import AutoProcessor

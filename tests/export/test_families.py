@@ -128,3 +128,15 @@ def test_pictures_stand_between_tokens_where_they_were_trained_so(root, tmp_path
     own.write_text("{{ messages[0]['content'] }} <im_start><image><im_end>")
     export_checkpoint(str(checkpoint), tmp_path / "other", chat_template=own)
     assert (tmp_path / "other" / "chat_template.jinja").read_text() == own.read_text()
+
+
+@pytest.mark.parametrize(("name", "shown"), [("llama3", "a dog. It's!"), ("llama-square", "a dog . It 's !")])
+def test_spaces_before_punctuation_are_llavas(root, tmp_path, name, shown):
+    """`check_folders.py` expects what LLaVA's own tokenizers give here."""
+    checkpoint, _ = families.make_checkpoint(root, name, families.LLAVA[name])
+    export_checkpoint(str(checkpoint), tmp_path / "out")
+    trained = transformers.AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
+    exported = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    for tokenizer in (trained, exported):
+        ids = tokenizer("a dog . It 's !", add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == shown
