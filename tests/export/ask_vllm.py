@@ -1,10 +1,12 @@
-"""Ask vLLM what a reference asks: `python ask_vllm.py FOLDER REFERENCE [ASPECT]`; one JSON object for each case.
+"""Ask vLLM what a reference asks: `python ask_vllm.py FOLDER REFERENCE [ASPECT [RANKS]]`, one JSON object a case.
 
-ASPECT is one of `aspect_of`: vLLM is told that pictures are seen so, and asked about those that are.
+ASPECT is one of `aspect_of`: vLLM is told that pictures are seen so, and asked about those that are; `all`, which is
+usual, asks about all. RANKS split the LLM, one processor core each.
 """
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,15 +32,17 @@ def question(case):
     return {"prompt": case["prompt"], "multi_modal_data": {"image": pictures}, "mm_processor_kwargs": settings}
 
 
-def main(folder, reference, aspect=None):
+def main(folder, reference, aspect="all", ranks="1"):
+    if ranks != "1":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[: int(ranks)]))
     from vllm import LLM, SamplingParams
 
     layout = json.loads((Path(folder) / "config.json").read_text())["image_layout"]
-    cases = [case for case in compare.load_cases(reference) if aspect in (None, aspect_of(layout, case))]
+    cases = [case for case in compare.load_cases(reference) if aspect in ("all", aspect_of(layout, case))]
     kinds = {"image", *("video" for case in cases if case["given_as"] == "video")}
     llm = LLM(
         folder, trust_remote_code=True, dtype="float32", max_model_len=1024, max_num_seqs=4, enforce_eager=True,
-        limit_mm_per_prompt=dict.fromkeys(kinds, 2),
+        limit_mm_per_prompt=dict.fromkeys(kinds, 2), tensor_parallel_size=int(ranks), gpu_memory_utilization=0.3,
         mm_processor_kwargs={"image_aspect_ratio": aspect} if aspect in ("pad", "slice") else None,
     )  # fmt: skip
     settings = SamplingParams(temperature=0, max_tokens=cases[0]["max_new_tokens"])

@@ -71,17 +71,23 @@ def cases_of(name):
 def test_it_says_what_llava_says(name, way, tmp_path):
     """The plugin is asked all at once; the backend has to be told how pictures are seen."""
     layout = json.loads((EXPORTED / name / "config.json").read_text())["image_layout"]
-    aspects = {None} if way == "native" else {aspect_of(layout, case) for case in cases_of(name)}
+    aspects = {"all"} if way == "native" else {aspect_of(layout, case) for case in cases_of(name)}
     answered = sum(
-        assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path, *filter(None, (aspect,)))
-        for aspect in sorted(aspects, key=str)
+        assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path, aspect) for aspect in sorted(aspects)
     )
     assert answered == len(cases_of(name)) >= 9
 
 
-def assert_equal(folder, reference, way, tmp_path, *aspect):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["slice9", "anyres-unpad"])
+def test_two_ranks_say_it_too(name, way, tmp_path):
+    """`--tensor-parallel-size 2`: the LLM is split, each rank holds the whole projector."""
+    assert assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path, "all", 2) == len(cases_of(name))
+
+
+def assert_equal(folder, reference, way, tmp_path, *options):
     """Answers token by token, and the lengths of the prompts -> how many there were."""
-    answers, output = ask_offline(folder, reference, way, tmp_path, *aspect)
+    answers, output = ask_offline(folder, reference, way, tmp_path, *options)
     assert answers, output[-4000:]
     assert (BACKEND in output) == (way == "backend")
     for answer in answers:
@@ -89,8 +95,8 @@ def assert_equal(folder, reference, way, tmp_path, *aspect):
     return len(answers)
 
 
-def ask_offline(folder, reference, way, tmp_path, *aspect):
-    command = [sys.executable, HERE / "ask_vllm.py", folder, reference, *aspect]
+def ask_offline(folder, reference, way, tmp_path, *options):
+    command = [sys.executable, HERE / "ask_vllm.py", folder, reference, *map(str, options)]
     done = subprocess.run(
         command, env=environment(way), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
@@ -145,7 +151,8 @@ def server(name, way, log):
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EXPORTED / name, "--host", HOST,
         "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "4",
-        "--trust-remote-code", "--chat-template", template, "--served-model-name", "llava",
+        "--gpu-memory-utilization", "0.3", "--trust-remote-code", "--chat-template", template,
+        "--served-model-name", "llava",
     ]  # fmt: skip
     with log.open("w") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(way), cwd=log.parent)

@@ -229,7 +229,7 @@ def make_checkpoint(root, name, family):
     tower = SIGLIP if family.siglip else str(root / "clip")
     snapshot = make_siglip(root) if family.siglip else None
     if not (root / "clip").is_dir():
-        assets.make_vision_tower(root / "clip", patch_size=28)
+        assets.make_vision_tower(root / "clip", hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
     models = module("model")
     cls = {"qwen2": "Qwen", "mistral": "Mistral"}.get(family.llm, "Llama")
     torch.manual_seed(1)
