@@ -18,6 +18,8 @@ DEVICE ?= cpu
 EXPORT_TRANSFORMERS ?= 4.57.6 5.24.0
 VLLM ?= 0.32.0
 EXPORT_RUN := runs/export
+# For check-export: a checkout of ViP-LLaVA, for its Phi-3, which no package on the registry has.
+PHI3 ?=
 EXPORTED := $(CURDIR)/$(EXPORT_RUN)/exported
 CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
 
@@ -125,7 +127,10 @@ $(EXPORT_RUN): $(STAMP) $(NEXT_STAMP) $(shell find llava_projectors tests/export
 	rm -rf $@
 	mv $@.new $@
 
-check-export: $(EXPORT_RUN)
+$(EXPORT_RUN)/exported/phi3-other: | $(EXPORT_RUN)
+	PYTHONPATH=$(abspath $(PHI3)) $(BIN)/python tests/export/families.py $(EXPORT_RUN) phi3 phi3-other
+
+check-export: $(EXPORT_RUN) $(if $(PHI3),$(EXPORT_RUN)/exported/phi3-other)
 	for version in $(EXPORT_TRANSFORMERS); do $(MAKE) check-export-on TRANSFORMERS=$$version || exit 1; done
 	$(MAKE) check-training TRANSFORMERS=$(lastword $(EXPORT_TRANSFORMERS))
 

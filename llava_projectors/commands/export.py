@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--conv-mode",
         choices=list(TEMPLATES),
         help="conversation of the chat template (default: vicuna_v1, which --version v1 trains; by LLM and tokenizer "
-        "mistral_instruct, qwen_1_5 or llava_llama_3)",
+        "mistral_instruct, qwen_1_5, llava_llama_3 or llava_phi_3)",
     )
     conversation.add_argument("--chat-template", type=Path, metavar="FILE", help="another, in Jinja")
     parser.add_argument("--verify", action="store_true", help="compare with LLaVA's own answers; needs LLaVA")

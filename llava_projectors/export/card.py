@@ -61,6 +61,13 @@ SPACES = """
 LLaVA's tokenizer was saved with `legacy: false`: it gives no space behind `</s>`, the one here does. Prompts \
 of one turn are the same tokens; in those of several turns, one token after each `</s>` may differ.
 """
+# By the kind of the LLM, where its recipe has a rule of its own.
+OTHER_SPACES = {
+    "phi3": """
+Tokens are those of ViP-LLaVA's loader, whose fast tokenizer gives a space behind each special token. Its script \
+trains with the slow one and `legacy: false`, which gives none there, and one before a prompt's first special token.
+"""
+}
 
 TRAVELS_NOT = """
 The code of this projector does not travel: {reason}. Install llava-projectors and the package that \
@@ -112,7 +119,7 @@ def model_card(
         width=text["hidden_size"],
         dtype=config["torch_dtype"],
         version=config["llava_projectors_version"],
-        spaces=SPACES if spaces_differ else "",
+        spaces=OTHER_SPACES.get(text["model_type"], SPACES) if spaces_differ else "",
         **_conversation(name, conversation),
         **_code(config["mm_projector_type"], travels_not),
     )

@@ -19,7 +19,7 @@ from llava_projectors.export.card import model_card
 from llava_projectors.export.checkpoint import Checkpoint, Weight, read_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
-from llava_projectors.export.llm import generation_config, text_config
+from llava_projectors.export.llm import LLMS, generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
 from llava_projectors.export.templates import between_marks, choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
@@ -155,7 +155,7 @@ def plan_weights(export: Export, tokenizer: Exported) -> list[Output]:
     """
     source = dict(export.checkpoint.weights)
     with torch.device("meta"):
-        llm_shapes = model_shapes(export.text_config, "AutoModelForCausalLM", export.checkpoint.source)
+        llm_shapes = shapes_of_llm(export.text_config, export.checkpoint.source)
         tower_shapes = model_shapes(export.tower.config, "AutoModel", export.tower.folder)
         projector = export.resolved.build(export.tower.config["hidden_size"], export.text_config["hidden_size"])
     ours = [key for key in source if key.startswith(weights.PLACE)]
@@ -220,6 +220,19 @@ def _refuse_other_rows(checkpoint: Checkpoint, rows: Mapping[str, tuple[int, int
                 f"{checkpoint.llm} has {found} rows in {key}, and its tokenizer has {pieces} pieces of text: copy the "
                 "tokenizer that the model was trained with"
             )
+
+
+def shapes_of_llm(text: Mapping[str, Any], source: Path) -> weights.Shapes:
+    """As `model_shapes`, of an LLM: by Llama's class, where the stack may have none of its own."""
+    fused = LLMS[text["model_type"]].fused
+    if not fused:
+        return model_shapes(text, "AutoModelForCausalLM", source)
+    shapes = model_shapes({**text, "model_type": "llama", "rope_scaling": None}, "AutoModelForCausalLM", source)
+    for name, parts in fused.items():
+        for first in [key for key in shapes if f".{parts[0]}." in key]:
+            found = [shapes.pop(first.replace(parts[0], part)) for part in parts]
+            shapes[first.replace(parts[0], name)] = (sum(rows for rows, _ in found), found[0][1])
+    return shapes
 
 
 def model_shapes(config: Mapping[str, Any], auto_class: str, source: Path) -> weights.Shapes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,10 +20,12 @@ class Llm:
         architecture: its class in transformers.
         fields: every setting that its config class reads in the versions that LLaVA runs on (4.31 to 4.41) ->
             what the class takes where `config.json` has none. Later classes have other defaults, so each is written.
+        fused: layer -> Llama's layers that it holds, one below the other. But for them its weights are Llama's.
     """
 
     architecture: str
     fields: Mapping[str, Any]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _COMMON = {
@@ -49,11 +51,22 @@ LLMS = {
             "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
         },
     ),
+    # ViP-LLaVA has the class in its own code: transformers has it from 4.41 on.
+    "phi3": Llm(
+        "Phi3ForCausalLM",
+        {
+            **_COMMON, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "rope_scaling": None, "sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+            "eos_token_id": 32000, "pad_token_id": 32000,
+        },
+        {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+    ),
 }  # fmt: skip
 # `model_type` in LLaVA's config -> kind.
 KINDS = {
     "llava_llama": "llama", "llava": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
-    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2",
+    "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2", "llava_phi3": "phi3", "phi3": "phi3",
 }  # fmt: skip
 
 
@@ -118,13 +131,21 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     _refuse_windows(settings, config.get("tokenizer_model_max_length"), source)
     _refuse_dynamic_rotations(settings.get("rope_scaling") or {}, source)
+    if kind == "phi3":
+        _refuse_long_rotations(settings, config.get("tokenizer_model_max_length"), source)
     # The head is written out, also where the checkpoint shares it with the embeddings.
     return {
         "model_type": kind,
         "architectures": [LLMS[kind].architecture],
-        **settings,
+        **with_rotations(settings, "su", "longrope"),
         "tie_word_embeddings": False,
     }
+
+
+def with_rotations(settings: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
+    """Settings with another name for the type of their rotations: Phi-3's `su` is `longrope` in later versions."""
+    scaling = settings.get("rope_scaling") or {}
+    return {**settings, "rope_scaling": {**scaling, "type": other}} if scaling.get("type") == name else dict(settings)
 
 
 def _refuse_non_numbers(config: Mapping[str, Any], fields: Mapping[str, Any], source: Path) -> None:
@@ -139,17 +160,48 @@ def _refuse_non_numbers(config: Mapping[str, Any], fields: Mapping[str, Any], so
 def _refuse_windows(settings: Mapping[str, Any], most_tokens: Optional[int], source: Path) -> None:
     """Raise for a window of attention that sequences reach.
 
-    4.37 and 4.41 let a token see one more than the window; later versions do not. Qwen2 has it in other layers too
-    and, without flash attention, even when it is switched off.
+    4.37 and 4.41 let a token see up to two more than the window, by version and kind of attention; later versions do
+    not. Qwen2 has it in other layers too and, without flash attention, even when it is switched off. Of a sequence of
+    one token more than the window, the last would be touched: nothing is predicted from it.
     """
-    window, longest = settings.get("sliding_window"), settings["max_position_embeddings"]
-    longest = min(longest, most_tokens or longest)
-    if settings.get("use_sliding_window") or (window or longest) < longest:
+    window, longest = settings.get("sliding_window"), _longest(settings, most_tokens)
+    if settings.get("use_sliding_window") or (window or longest) < longest - 1:
         raise ExportError(
             f"{source} has sliding_window {window}, and sequences of up to {longest} tokens: the versions of "
             "transformers that LLaVA runs on apply the window otherwise than later ones. To export it for sequences "
             f"that do not reach it, set tokenizer_model_max_length {window} (and use_sliding_window false) in its "
             "config.json"
+        )
+
+
+def _longest(settings: Mapping[str, Any], most_tokens: Optional[int]) -> int:
+    """The tokens of the longest sequence that is trained."""
+    longest: int = settings["max_position_embeddings"]
+    return min(longest, most_tokens or longest)
+
+
+def _refuse_long_rotations(settings: Mapping[str, Any], most_tokens: Optional[int], source: Path) -> None:
+    """Raise for what ViP-LLaVA's copy of Phi-3 makes of `rope_scaling`, and later versions do not.
+
+    Its `su`, later `longrope`, has other factors for sequences beyond the original length, and keeps those of the
+    first sequence that a model sees. Its `yarn` scales by another rule; later versions read the name as `longrope`.
+    """
+    scaling = settings["rope_scaling"]
+    if not scaling:
+        return
+    kind, longest = scaling.get("type"), _longest(settings, most_tokens)
+    original = settings["original_max_position_embeddings"]
+    if kind != "su":
+        raise ExportError(
+            f"{source} has rope_scaling of type {kind!r}: of Phi-3's, only 'su' can be exported. ViP-LLaVA's Phi-3 "
+            "knows 'yarn' beside it, which later versions of transformers compute otherwise"
+        )
+    if longest > original:
+        raise ExportError(
+            f"{source} has rope_scaling of type 'su' and sequences of up to {longest} tokens, more than its "
+            f"original_max_position_embeddings {original}: in ViP-LLaVA, answers then depend on the length of the "
+            "first sequence after loading, in later versions of transformers not. To export it for sequences that do "
+            f"not get that long, set tokenizer_model_max_length {original} in its config.json"
         )
 
 

@@ -61,11 +61,12 @@ def _chatml(system: str) -> str:
     )
 
 
-_LLAMA_3_SYSTEM = (
+_ASSISTANT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
 _LLAMA_3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_PHI_3_TURN = "<|{}|>\n{}<|end|>\n"
 
 TEMPLATES = {
     "vicuna_v1": _two_roles(_VICUNA.format(person="user")),
@@ -86,7 +87,7 @@ TEMPLATES = {
     + "<|begin_of_text|>"
     + _LLAMA_3_ROLE.format("system")
     + "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) | trim }}{% else %}"
-    + _LLAMA_3_SYSTEM
+    + _ASSISTANT
     + "{% endif %}<|eot_id|>{% for message in messages %}{% if message['role'] != 'system' %}"
     + _LLAMA_3_ROLE.format("{{ message['role'] }}")
     + "{{ text(message['content']) | trim }}<|eot_id|>{% elif loop.index0 %}"
@@ -95,13 +96,25 @@ TEMPLATES = {
     + "{% if add_generation_prompt %}"
     + _LLAMA_3_ROLE.format("assistant")
     + "{% endif %}",
+    "llava_phi_3": _TEXT
+    + "{% if messages[0]['role'] == 'system' %}{% set system = text(messages[0]['content']) %}{% else %}"
+    + "{% set system = '"
+    + _ASSISTANT
+    + "' %}{% endif %}{% if system %}"
+    + _PHI_3_TURN.format("system", "{{ system }}")
+    + "{% endif %}{% for message in messages %}{% if message['role'] != 'system' %}"
+    + _PHI_3_TURN.format("{{ message['role'] }}", "{{ text(message['content']) }}")
+    + "{% elif loop.index0 %}"
+    + _NO_SUCH_ROLE
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
 }
-# The conversation that a kind of LLM is trained in by LLaVA's or LLaVA-NeXT's recipe, by the token that answers end
-# in; the first whose token the tokenizer has.
+# The conversation that a kind of LLM is trained in by the recipe of LLaVA, LLaVA-NeXT or ViP-LLaVA, by the token that
+# answers end in; the first whose token the tokenizer has.
 USUAL = {
     "llama": (("</s>", "vicuna_v1"), ("<|eot_id|>", "llava_llama_3")),
     "mistral": (("</s>", "mistral_instruct"),),
     "qwen2": (("<|im_end|>", "qwen_1_5"),),
+    "phi3": (("<|end|>", "llava_phi_3"),),
 }
 
 

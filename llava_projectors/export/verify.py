@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ import torch
 
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.llm import LLMS, READ, SAMPLING, end_tokens
+from llava_projectors.export.llm import KINDS, LLMS, READ, SAMPLING, end_tokens, with_rotations
 from llava_projectors.export.templates import marked
 from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
@@ -99,7 +99,7 @@ def load_llava(source: str, base: Optional[str], package: str = "llava") -> tupl
         package: that LLaVA, or a fork of it, is imported as.
 
     Raises:
-        ExportError: it cannot be imported.
+        ExportError: it cannot be imported, or its loader fails.
     """
     try:
         builder = importlib.import_module(f"{package}.model.builder")
@@ -108,8 +108,17 @@ def load_llava(source: str, base: Optional[str], package: str = "llava") -> tupl
             f"--verify compares with LLaVA, and {package} cannot be imported here: {error}. Export without it, or run "
             "it in the environment that trained"
         ) from error
-    with mock.patch.object(builder, "torch", _FullPrecision()):
-        tokenizer, model, processor = load(source, base, name_for(source), "cpu", package)
+    name = name_for(source)
+    try:
+        with mock.patch.object(builder, "torch", _FullPrecision()):
+            tokenizer, model, processor = load(source, base, name, "cpu", package)
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: a loader that chooses another class ends anywhere
+        raise ExportError(
+            f"--verify compares with LLaVA, and the loader of {package}, given {source} by the name {name!r}, ends in "
+            f"{type(error).__name__}: {error}"
+        ) from error
     model.float().eval()
     model.get_vision_tower().float().cpu()
     return tokenizer, model, processor
@@ -306,7 +315,7 @@ def assemble(folder: Path) -> Assembled:
     cls: Any = projector_class(config["mm_projector_type"])
     options = cls.options_from_record(config["mm_projector_options"])
     projector = cls(config["vision_config"]["hidden_size"], config["text_config"]["hidden_size"], **options)
-    llm = transformers.AutoModelForCausalLM.from_config(made(config["text_config"]))
+    llm = llm_of(config["text_config"])
     part(llm.model, "model.language_model.")
     llm.lm_head.weight.data = weights["lm_head.weight"]
     llm.generation_config = transformers.GenerationConfig(**read_json(folder / "generation_config.json"))
@@ -318,6 +327,23 @@ def assemble(folder: Path) -> Assembled:
         transformers.PreTrainedTokenizerFast.from_pretrained(folder),
         LlavaProjectorsImageProcessor.from_pretrained(folder),
         weights.get("model.image_newline"),
+    )
+
+
+def llm_of(settings: Mapping[str, Any]) -> Any:
+    """A model by the stack's own class; where transformers has none, by that of the fork, once it was imported."""
+    import transformers
+
+    kind = settings["model_type"]
+    names = [kind, *(name for name, of in KINDS.items() if of == kind)]
+    config = next((transformers.CONFIG_MAPPING[name] for name in names if name in transformers.CONFIG_MAPPING), None)
+    if config is None:
+        raise ExportError(f"transformers {transformers.__version__} has no {kind}: pass --verify-python")
+    found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    # A fork's class is a LLaVA; what it is made from is the LLM.
+    cls: Any = next(cls for cls in found.__mro__ if cls.__name__ == LLMS[kind].architecture)
+    return cls(
+        config(**(settings if kind in transformers.CONFIG_MAPPING else with_rotations(settings, "longrope", "su")))
     )
 
 
@@ -357,11 +383,12 @@ def verify(
         package: that LLaVA, or a fork of it, is imported as.
 
     Raises:
-        ExportError: LLaVA is not here, or the other environment fails.
+        ExportError: LLaVA is not here, its loader takes another class, or the other environment fails.
     """
     config = read_json(folder / "config.json")
     dtype = getattr(torch, config["torch_dtype"])
     tokenizer, model, processor = load_llava(source, base, package)
+    _refuse_another_class(folder, model, source, package)
     round_weights(model, dtype)
     known = known_tokens(source)
     asked = default_questions(layout_of(config["image_layout"]))
@@ -385,14 +412,27 @@ def verify(
     return differences
 
 
+def _refuse_another_class(folder: Path, model: Any, source: str, package: str) -> None:
+    """Raise where LLaVA's loader, which goes by names, has made a model that lacks weights of the LLM."""
+    own, prefix = {name for name, _ in model.named_parameters()}, "model.language_model."
+    names = [name.replace(prefix, "model.", 1) for name in checkpoint_tensors(folder) if name.startswith(prefix)]
+    lacking = [name for name in names if name not in own]
+    if lacking:
+        raise ExportError(
+            f"the loader of {package} makes a {type(model).__name__} of {source}, without a place for {lacking[0]}: "
+            f"what it says is not what was trained. Pass --package with the one that trained it"
+        )
+
+
 def different_settings(text_config: dict[str, Any], trained: Any) -> Iterator[str]:
     """Settings of the exported LLM that are not what LLaVA's own model has, or that it does not read."""
     known = LLMS[text_config["model_type"]].fields
     ours = {"model_type", "architectures", "vocab_size", "tie_word_embeddings"}
+    used = with_rotations({name: getattr(trained, name, usual) for name, usual in known.items()}, "su", "longrope")
     for name in text_config.keys() - ours:
         if name not in known:
             yield f"text_config has {name} {text_config[name]!r}, which LLaVA's model does not read"
-        elif text_config[name] != getattr(trained, name, known[name]):
+        elif text_config[name] != used[name]:
             yield f"text_config has {name} {text_config[name]!r}, LLaVA's model {getattr(trained, name, None)!r}"
 
 

@@ -44,4 +44,5 @@ def name_for(source: str) -> str:
     config, _ = PretrainedConfig.get_config_dict(source)
     model_type = str(config.get("model_type"))
     name = model_type if "llava" in model_type else "llava"
+    name = name.replace("phi3", "phi-3")  # what ViP-LLaVA's loader looks for
     return f"{name}-lora" if os.path.isfile(os.path.join(source, "adapter_config.json")) else name

@@ -16,6 +16,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
+import sentencepiece
 import torch
 import transformers
 from PIL import Image
@@ -56,12 +57,28 @@ class Family:
     conversation: str = "vicuna_v1"
 
 
-SENTENCEPIECE = ("llama", "llama-other", "mistral")
+SENTENCEPIECE = ("llama", "llama-other", "mistral", "phi3", "phi3-other")
+PHI3_TOKENS = [
+    "<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|placeholder2|>", "<|placeholder3|>", "<|placeholder4|>",
+    "<|system|>", "<|end|>", "<|placeholder5|>", "<|placeholder6|>", "<|user|>",
+]  # fmt: skip
 # What readers take from a Llama's config, each otherwise than usual.
 OTHER = {
     "hidden_act": "gelu", "rms_norm_eps": 1e-2, "attention_bias": True, "max_position_embeddings": 128,
     "num_key_value_heads": 1, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+# What readers take from a Phi-3's config, likewise.
+OTHER_PHI3 = {
+    "hidden_act": "gelu", "rms_norm_eps": 1e-2, "num_key_value_heads": 1, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192, "original_max_position_embeddings": 2048, "sliding_window": 2047,
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1,
+    "rope_scaling": {
+        "type": "su", "short_factor": [1 + part / 16 for part in range(16)], "long_factor": [9.0] * 16
+    },
+}  # fmt: skip
+OTHERS = {"llama-other": OTHER, "phi3-other": OTHER_PHI3}
 
 
 def grid(side):
@@ -122,7 +139,16 @@ NEXT = {
         siglip=True, conversation="qwen_1_5",
     ),
 }  # fmt: skip
-FAMILIES = {**LLAVA, **NEXT}
+# ViP-LLaVA's.
+PHI3 = {
+    "phi3": Family("phi3", settings={"image_aspect_ratio": "pad"}, conversation="llava_phi_3"),
+    "phi3-other": Family(
+        "phi3-other", "tokenpacker", {"image_aspect_ratio": "pad", "tokenizer_model_max_length": 2048},
+        conversation="llava_phi_3",
+    ),
+}  # fmt: skip
+FAMILIES = {**LLAVA, **NEXT, **PHI3}
+CLASSES = {"mistral": "Mistral", "qwen2": "Qwen2", "phi3": "Phi3", "phi3-other": "Phi3"}
 
 
 def module(name):
@@ -162,15 +188,39 @@ def byte_level(folder, special, **settings):
     return fast
 
 
+def phi3_tokenizer(folder, strips=True):
+    """Makes a Llama's tokenizer a Phi-3's, as the hub has it: of two kinds, one of which strips what follows a token.
+
+    Returns the ids of its ends.
+    """
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    path = folder / "tokenizer_config.json"
+    start = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    added = {number: {**plain, "content": token} for number, token in enumerate(["<unk>", "<s>", "</s>", *PHI3_TOKENS])}
+    added = {number if number < 3 else start + number - 3: token for number, token in added.items()}
+    for token in added.values():
+        token["rstrip"] = strips and token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    added[2]["special"] = False
+    settings = json.loads(path.read_text()) | {
+        "added_tokens_decoder": added, "legacy": False, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False, "model_max_length": 4096,
+    }  # fmt: skip
+    path.write_text(json.dumps(settings))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+    ids = {token["content"]: number for number, token in added.items()}
+    return [ids["<|endoftext|>"], ids["<|assistant|>"], ids["<|end|>"]]
+
+
 def make_llm(kind, folder, **sizes):
     """An LLM's checkpoint with large random weights, two of whose tokens end an answer."""
     sizes = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, **(OTHER if kind == "llama-other" else {}), **sizes,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, **OTHERS.get(kind, {}), **sizes,
     }  # fmt: skip
     if kind in SENTENCEPIECE:
         assets.make_llm(folder, hidden_size=64, head_width=32)
-        ends = [2, 300]
+        ends = phi3_tokenizer(folder) if kind.startswith("phi3") else [2, 300]
     elif kind == "llama3":
         special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         tokenizer = byte_level(folder, special, bos_token=special[0], eos_token=special[1])
@@ -179,13 +229,16 @@ def make_llm(kind, folder, **sizes):
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         tokenizer = byte_level(folder, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    name = {"mistral": "Mistral", "qwen2": "Qwen2"}.get(kind, "Llama")
+    name = CLASSES.get(kind, "Llama")
+    classes = module("model.language_model.modeling_phi3") if name == "Phi3" else transformers
     count = len(transformers.AutoTokenizer.from_pretrained(folder, use_fast=kind not in SENTENCEPIECE))
-    config = getattr(transformers, f"{name}Config")(**sizes, vocab_size=count, eos_token_id=ends[0], rope_theta=5e4)
+    if name == "Phi3":
+        sizes["pad_token_id"] = ends[0]
+    config = getattr(classes, f"{name}Config")(**sizes, vocab_size=count, eos_token_id=ends[0], rope_theta=5e4)
     if kind == "mistral":
         config.sliding_window = None
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = getattr(classes, f"{name}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=3 / parameter.shape[-1] ** 0.5)
@@ -231,7 +284,7 @@ def make_checkpoint(root, name, family):
     if not (root / "clip").is_dir():
         assets.make_vision_tower(root / "clip", hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
     models = module("model")
-    cls = {"qwen2": "Qwen", "mistral": "Mistral"}.get(family.llm, "Llama")
+    cls = CLASSES.get(family.llm, "Llama").replace("Qwen2", "Qwen")
     torch.manual_seed(1)
     of_llm = {key: value for key, value in family.settings.items() if key == "rope_scaling"}
     model = getattr(models, f"Llava{cls}ForCausalLM").from_pretrained(llm, **of_llm)
