@@ -21,7 +21,7 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.llm import LLMS, generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
-from llava_projectors.export.templates import between_marks, choose, write_templates
+from llava_projectors.export.templates import between_marks, by_own_template, choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
 from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, refuse_quantised, tower_weights
@@ -370,6 +370,8 @@ def export_checkpoint(
     with temporary_folder(target) as folder:
         tokenizer = export_tokenizer(llm, folder)
         kind = export.text_config["model_type"]
+        if conversation is None and chat_template is None:
+            conversation = by_own_template(export.checkpoint.config, llm, folder)
         template = choose(kind, tokenizer.tokens, conversation, chat_template, export.checkpoint.source)
         if export.checkpoint.config.get("mm_use_im_start_end"):
             template = between_marks(template, tokenizer.tokens, export.checkpoint.source)

@@ -68,8 +68,12 @@ KINDS = {
     "llava_llama": "llama", "llava": "llama", "llama": "llama", "llava_mistral": "mistral", "mistral": "mistral",
     "llava_qwen": "qwen2", "llava_qwen2": "qwen2", "qwen2": "qwen2", "llava_phi3": "phi3", "phi3": "phi3",
 }  # fmt: skip
-
-
+# `model_type` -> why it cannot be exported.
+REFUSED = {
+    "llava_gemma": "LLaVA-NeXT's script does not import its Gemma, and LLaVA-MORE's Gemma 2 does not run on the "
+    "transformers 4.45 that it asks for",
+    "llava_phi": "LLaVA-MORE trains Phi-4-mini by it, which the transformers 4.45 that it asks for cannot load",
+}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Settings of generation that look at the tokens so far, or count them -> without effect. LLaVA's `generate` gets
 # embeddings, so there they see the answer alone; transformers and vLLM show them the prompt too. An exported folder's
@@ -113,7 +117,8 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """
     model_type = str(config.get("model_type"))
     if model_type not in KINDS:
-        raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(KINDS)} can be exported")
+        why = f". {REFUSED[model_type]}" if model_type in REFUSED else ""
+        raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(KINDS)} can be exported{why}")
     kind = KINDS[model_type]
     _refuse_non_numbers(config, LLMS[kind].fields, source)
     version = _version(config.get("transformers_version"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from llava_projectors.export.errors import ExportError
+from llava_projectors.files import read_json
 
 # Around each picture, where `mm_use_im_start_end` is set.
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
@@ -66,6 +67,27 @@ _ASSISTANT = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 _LLAMA_3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
+
+
+def _llama_3(dates: str = "") -> str:
+    return (
+        _TEXT
+        + "<|begin_of_text|>"
+        + _LLAMA_3_ROLE.format("system")
+        + dates
+        + "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) | trim }}{% else %}"
+        + _ASSISTANT
+        + "{% endif %}<|eot_id|>{% for message in messages %}{% if message['role'] != 'system' %}"
+        + _LLAMA_3_ROLE.format("{{ message['role'] }}")
+        + "{{ text(message['content']) | trim }}<|eot_id|>{% elif loop.index0 %}"
+        + _NO_SUCH_ROLE
+        + "{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}"
+        + _LLAMA_3_ROLE.format("assistant")
+        + "{% endif %}"
+    )
+
+
 _PHI_3_TURN = "<|{}|>\n{}<|end|>\n"
 
 TEMPLATES = {
@@ -83,19 +105,8 @@ TEMPLATES = {
     ),
     "qwen_1_5": _chatml("You are a helpful assistant."),
     "qwen_2_5": _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "llava_llama_3": _TEXT
-    + "<|begin_of_text|>"
-    + _LLAMA_3_ROLE.format("system")
-    + "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) | trim }}{% else %}"
-    + _ASSISTANT
-    + "{% endif %}<|eot_id|>{% for message in messages %}{% if message['role'] != 'system' %}"
-    + _LLAMA_3_ROLE.format("{{ message['role'] }}")
-    + "{{ text(message['content']) | trim }}<|eot_id|>{% elif loop.index0 %}"
-    + _NO_SUCH_ROLE
-    + "{% endif %}{% endfor %}"
-    + "{% if add_generation_prompt %}"
-    + _LLAMA_3_ROLE.format("assistant")
-    + "{% endif %}",
+    "llava_llama_3": _llama_3(),
+    "llama_3_1": _llama_3("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
     "llava_phi_3": _TEXT
     + "{% if messages[0]['role'] == 'system' %}{% set system = text(messages[0]['content']) %}{% else %}"
     + "{% set system = '"
@@ -155,6 +166,43 @@ def choose(llm: str, tokens: Collection[str], name: Optional[str], file: Optiona
             f"--conv-mode with the one that it was trained in ({', '.join(TEMPLATES)}), or --chat-template with a file"
         )
     return ChatTemplate(chosen, TEMPLATES[chosen])
+
+
+def by_own_template(config: Mapping[str, Any], source: Path, folder: Path) -> Optional[str]:
+    """The conversation that LLaVA-MORE trains a Llama in: its prompts come from the tokenizer's own chat template.
+
+    Args:
+        config: of the checkpoint.
+        source: folder of its tokenizer.
+        folder: with the exported tokenizer.
+
+    Returns:
+        a name in `TEMPLATES`; None for what LLaVA-MORE did not train.
+
+    Raises:
+        ExportError: that template gives other prompts.
+    """
+    if "llama_3" not in str(config.get("model_architecture")):
+        return None
+    import jinja2
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    path = source / "chat_template.jinja"  # where newer versions of transformers write it
+    own = path.read_text() if path.is_file() else read_json(source / "tokenizer_config.json").get("chat_template")
+    chat = [{"role": role, "content": f"say {role}"} for role in ("user", "assistant", "user")]
+    try:
+        asked = [{"role": "system", "content": _ASSISTANT}, *chat]
+        prompt = tokenizer.apply_chat_template(asked, chat_template=own, tokenize=False) if own else None
+    except jinja2.TemplateError:
+        prompt = None
+    for name in ("llava_llama_3", "llama_3_1"):
+        if tokenizer.apply_chat_template(chat, chat_template=TEMPLATES[name], tokenize=False) == prompt:
+            return name
+    raise ExportError(
+        f"{source} was trained by LLaVA-MORE, whose prompts come from the tokenizer's own chat_template. It gives "
+        "others than llava_llama_3 and llama_3_1: pass --chat-template with a file, or --conv-mode"
+    )
 
 
 def between_marks(template: ChatTemplate, tokens: Collection[str], source: Path) -> ChatTemplate:

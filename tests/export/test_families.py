@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import families
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from llava_projectors.export import verify
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.templates import TEMPLATES
 from llava_projectors.serving.layout import (
     AnyResolution,
     Frames,
@@ -140,3 +142,45 @@ def test_spaces_before_punctuation_are_llavas(root, tmp_path, name, shown):
     for tokenizer in (trained, exported):
         ids = tokenizer("a dog . It 's !", add_special_tokens=False).input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == shown
+
+
+TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("dates", "name"),
+    [
+        ("", "llava_llama_3"),
+        ("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n", "llama_3_1"),
+        ("Today Date: 1 Jan 2025\n\n", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_conversation_of_llava_mores_llamas(root, tmp_path, dates, name):
+    """Its prompts come from the chat template of the base's tokenizer, with its own system message."""
+    folder = tmp_path / "llava-more"
+    shutil.copytree(families.make_checkpoint(root, "llama3", families.LLAVA["llama3"])[0], folder)
+    system = TURN.format("system") + f"{dates}{{{{ messages[0]['content'] | trim }}}}<|eot_id|>"
+    turns = TURN.format("{{ message['role'] }}") + "{{ message['content'] | trim }}<|eot_id|>"
+    own = f"<|begin_of_text|>{system}{{% for message in messages[1:] %}}{turns}{{% endfor %}}"
+    edit(folder / "tokenizer_config.json", chat_template=None if dates is None else own)
+    edit(folder / "config.json", model_architecture="llama_3_1")
+    if name is None:
+        with pytest.raises(ExportError, match="from the tokenizer's own chat_template. It gives others than"):
+            export_checkpoint(str(folder), tmp_path / "out")
+        export_checkpoint(str(folder), tmp_path / "out", conversation="llama_3_1")
+        return
+    export_checkpoint(str(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATES[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = own
+    start = tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}], tokenize=False)
+    tokenizer.chat_template = TEMPLATES[name]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Why? "}]
+    expected = f"{start}{TURN.format('user')}Why?<|eot_id|>{TURN.format('assistant')}"
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
