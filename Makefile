@@ -18,7 +18,7 @@ DEVICE ?= cpu
 EXPORT_TRANSFORMERS ?= 4.57.6 5.24.0
 VLLM ?= 0.32.0
 EXPORT_RUN := runs/export
-# For check-export: a checkout of ViP-LLaVA, for its Phi-3, which no package on the registry has.
+# For check-export and check-vllm: a checkout of ViP-LLaVA, for its Phi-3, which no package on the registry has.
 PHI3 ?=
 EXPORTED := $(CURDIR)/$(EXPORT_RUN)/exported
 CHECK := -m pytest --noconftest -p no:cacheprovider -o addopts= -q
@@ -130,7 +130,9 @@ $(EXPORT_RUN): $(STAMP) $(NEXT_STAMP) $(shell find llava_projectors tests/export
 $(EXPORT_RUN)/exported/phi3-other: | $(EXPORT_RUN)
 	PYTHONPATH=$(abspath $(PHI3)) $(BIN)/python tests/export/families.py $(EXPORT_RUN) phi3 phi3-other
 
-check-export: $(EXPORT_RUN) $(if $(PHI3),$(EXPORT_RUN)/exported/phi3-other)
+check-export check-vllm: $(EXPORT_RUN) $(if $(PHI3),$(EXPORT_RUN)/exported/phi3-other)
+
+check-export:
 	for version in $(EXPORT_TRANSFORMERS); do $(MAKE) check-export-on TRANSFORMERS=$$version || exit 1; done
 	$(MAKE) check-training TRANSFORMERS=$(lastword $(EXPORT_TRANSFORMERS))
 
@@ -154,7 +156,7 @@ check-training:
 # The registry's torchvision is built for CUDA: its operators are missing here, and nothing here calls them.
 # torchaudio and torchcodec, likewise, are not needed.
 check-vllm: ENV = .venv-vllm
-check-vllm: $(EXPORT_RUN)
+check-vllm:
 	test -d $(ENV) || $(PYTHON) -m venv $(ENV)
 	$(ENV)/bin/python -m pip install -q -c constraints-export.txt torch pytest
 	$(ENV)/bin/python tests/export/vllm_requirements.py $(VLLM) $(ENV)/requirements.txt

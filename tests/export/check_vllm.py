@@ -24,17 +24,11 @@ import pytest
 
 HERE = Path(__file__).parent
 EXPORTED = Path(os.environ["EXPORTED"])
-# One tile; grids of tiles; LLaVA-NeXT's, where its environment made them.
+# One tile; grids of tiles; LLaVA-NeXT's and ViP-LLaVA's, where their environments made them.
 KINDS = (
-    "saep",
-    "tokenpacker-scale-factor-3",
-    "slice9",
-    "slice16",
-    "anyres-unpad",
-    "qwen2-pad",
-    "qwen2-anyres",
-    "qwen2-slice",
-)
+    "saep", "tokenpacker-scale-factor-3", "slice9", "slice16", "anyres-unpad", "qwen2-pad", "qwen2-anyres",
+    "qwen2-slice", "phi3",
+)  # fmt: skip
 NAMES = [name for name in KINDS if (EXPORTED / name).is_dir()]
 QUESTIONS = (
     "What does the picture show?",
