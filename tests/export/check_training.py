@@ -143,3 +143,33 @@ def test_eight_bits(folder, chats, how):
     down = model.model.language_model.layers[0].mlp.down_proj
     assert type(down) is not torch.nn.Linear or type(down.weight.data) is not torch.Tensor
     assert logits(model, processor, chats).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", [name for name in NAMES if name == "slice9"], indirect=True)
+def test_four_bits(folder, chats):
+    """The answer of the same model with its weights rounded; bitsandbytes on a CPU takes widths of 64 and the like."""
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig
+
+    left_out = ["model.multi_modal_projector", "lm_head"]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=left_out,
+    )  # fmt: skip
+    rounded, processor = load(folder)
+    before = logits(rounded, processor, chats)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32, device_map="cpu", quantization_config=settings
+    )
+    packed = {name: layer for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert len(packed) > 2 * 7
+    assert not [name for name in packed if "multi_modal_projector" in name]
+    for name, layer in packed.items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        rounded.get_submodule(name).weight.copy_(weight)
+    expected = logits(rounded, processor, chats)
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)
+    found = logits(model, processor, chats)
+    # Its kernels compute in bfloat16.
+    assert (found - expected).norm() < 0.1 * (expected - before).norm()
