@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 EXPORTED = Path(os.environ["EXPORTED"])
-# One picture in one tile, and one in several.
-NAMES = [name for name in ("saep", "slice9") if (EXPORTED / name).is_dir()]
+# One picture in one tile, and one in several; LLaVA-NeXT's.
+NAMES = [name for name in ("saep", "slice9", "qwen2-anyres") if (EXPORTED / name).is_dir()]
 # All linear layers of the LLM, and the projector whole: `all-linear` would take the tower's and the projector's too,
 # and vLLM loads no such adapter.
 LORA = {
