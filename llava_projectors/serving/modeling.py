@@ -14,6 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import AutoModel, RepetitionPenaltyLogitsProcessor
+from transformers.models.auto import modeling_auto
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 
 from llava_projectors.registry import projector_class
@@ -163,3 +164,9 @@ CLASSES: dict[str, Any] = {
     "LlavaModel": LlavaProjectorsModel,
     "LlavaForConditionalGeneration": LlavaProjectorsForConditionalGeneration,
 }
+
+# `transformers serve` refuses, and pipelines warn of, classes that these tables do not name. The key is the name of no
+# other model.
+for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+    _names = getattr(modeling_auto, _table, {})  # the second came with transformers 5
+    _names.setdefault("llava_projectors", LlavaProjectorsForConditionalGeneration.__name__)

@@ -136,20 +136,21 @@ def test_folders_of_todays_stack_are_what_transformers_says(made_today, kind, wa
     assert_equal(*made_today(kind), way, tmp_path)
 
 
-@contextlib.contextmanager
-def server(name, way, log):
+def free_port():
     with socket.socket() as sock:
         sock.bind((HOST, 0))
-        port = sock.getsockname()[1]
-    template = EXPORTED / name / "chat_template_vllm.jinja"
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EXPORTED / name, "--host", HOST,
-        "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "4",
-        "--gpu-memory-utilization", "0.3", "--trust-remote-code", "--chat-template", template,
-        "--served-model-name", "llava",
-    ]  # fmt: skip
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def server(command, way, log):
+    """Runs `command --host … --port …` until it answers -> the address of its chats."""
+    port = free_port()
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(way), cwd=log.parent)
+        child = subprocess.Popen(
+            [*command, "--host", HOST, "--port", str(port), "--dtype", "float32", "--trust-remote-code"],
+            stdout=output, stderr=subprocess.STDOUT, env=environment(way), cwd=log.parent,
+        )  # fmt: skip
         try:
             end = time.monotonic() + 300
             while True:
@@ -164,28 +165,66 @@ def server(name, way, log):
             child.wait(60)
 
 
+def vllm_server(name, way, log):
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", EXPORTED / name,
+        "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "4", "--gpu-memory-utilization", "0.3",
+        "--chat-template", EXPORTED / name / "chat_template_vllm.jinja", "--served-model-name", "llava",
+    ]  # fmt: skip
+    return server(command, way, log)
+
+
+@pytest.mark.parametrize("name", [name for name in ("saep", "qwen2-anyres") if name in NAMES])
+def test_transformers_own_server(name, tmp_path):
+    """`transformers serve`, whose packages vLLM brings; it gives no token ids."""
+    command = [Path(sys.executable).with_name("transformers"), "serve", EXPORTED / name, "--device", "cpu"]
+    picked = [case for case in cases_of(name) if case["given_as"] == "pictures"][::4]
+    with server(command, "backend", tmp_path / "log") as url:
+        for case in picked:
+            answer = ask(url, case, model=str(EXPORTED / name))
+            assert answer["usage"]["prompt_tokens"] == len(case["logits"])
+            assert answer["usage"]["completion_tokens"] == len(case["answer_ids"])
+            if name == "saep":  # a random LLM writes bytes that are no UTF-8
+                assert answer["choices"][0]["message"]["content"] == case["text"]
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_pipelines(task, caplog):
+    """Here, for the first wants torchvision, which vLLM brings."""
+    import transformers
+
+    case = cases_of("saep")[0]
+    question = next(question for question in QUESTIONS if question in case["prompt"])
+    content = [{"type": "image", "image": case["images"][0].convert("RGB")}, {"type": "text", "text": question}]
+    transformers.logging.enable_propagation()
+    pipe = transformers.pipeline(task, model=str(EXPORTED / "saep"), trust_remote_code=True, dtype="float32")
+    settings = {"max_new_tokens": case["max_new_tokens"], "do_sample": False}
+    (answer,) = pipe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=settings)
+    assert answer["generated_text"].strip() == case["text"]
+    assert "is not supported" not in caplog.text
+
+
 def encoded(image):
     data = io.BytesIO()
     image.convert("RGB").save(data, "PNG")
     return base64.b64encode(data.getvalue()).decode()
 
 
-def ask(url, case):
+def ask(url, case, **settings):
     images = [encoded(image) for image in case["images"]]
     question = next(question for question in QUESTIONS if question in case["prompt"])
     content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
     if case["given_as"] == "video":  # the frames of a video are named so, whatever their format
         content = [{"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(images)}"}}]
-    return post(url, [*content, {"type": "text", "text": question}], case["max_new_tokens"])
+    return post(url, [*content, {"type": "text", "text": question}], case["max_new_tokens"], **settings)
 
 
-def post(url, content, max_tokens):
+def post(url, content, max_tokens, **settings):
     body = {
-        "model": "llava",
         "temperature": 0,
         "max_tokens": max_tokens,
-        "return_token_ids": True,
         "messages": [{"role": "user", "content": content}],
+        **(settings or {"model": "llava", "return_token_ids": True}),
     }
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -199,7 +238,7 @@ def test_the_openai_server(name, way, tmp_path):
     cases = [case for case in cases_of(name) if case["given_as"] != "pad"]
     videos = [case for case in cases if case["given_as"] == "video"]
     picked = [*cases[:8], *videos, cases[-1], *videos, *cases[:8]]  # the last has two pictures
-    with server(name, way, tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(5) as pool:
+    with vllm_server(name, way, tmp_path / "log") as url, concurrent.futures.ThreadPoolExecutor(5) as pool:
         answers = list(pool.map(lambda case: ask(url, case), picked))
         if videos and way == "native":
             assert_mixed_is_refused(url, videos[0]["images"])
