@@ -121,8 +121,7 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         raise ExportError(f"{source} has an LLM of model_type {model_type!r}: {', '.join(KINDS)} can be exported{why}")
     kind = KINDS[model_type]
     _refuse_non_numbers(config, LLMS[kind].fields, source)
-    version = _version(config.get("transformers_version"))
-    read = [*LLMS[kind].fields, *(name for name, since in READ_SINCE.items() if version >= since)]
+    read = settings_read(kind, config.get("transformers_version"))
     wrong = contradictions(config, read)
     if wrong:
         raise ExportError(
@@ -145,6 +144,11 @@ def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         **with_rotations(settings, "su", "longrope"),
         "tie_word_embeddings": False,
     }
+
+
+def settings_read(kind: str, version: Any) -> list[str]:
+    """The settings that the class of an LLM reads in a version of transformers."""
+    return [*LLMS[kind].fields, *(name for name, since in READ_SINCE.items() if _version(version) >= since)]
 
 
 def with_rotations(settings: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:

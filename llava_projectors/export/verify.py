@@ -25,7 +25,7 @@ import torch
 
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.llm import KINDS, LLMS, READ, SAMPLING, end_tokens, with_rotations
+from llava_projectors.export.llm import KINDS, LLMS, READ, SAMPLING, end_tokens, settings_read, with_rotations
 from llava_projectors.export.templates import marked
 from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
@@ -426,11 +426,15 @@ def _refuse_another_class(folder: Path, model: Any, source: str, package: str) -
 
 def different_settings(text_config: dict[str, Any], trained: Any) -> Iterator[str]:
     """Settings of the exported LLM that are not what LLaVA's own model has, or that it does not read."""
-    known = LLMS[text_config["model_type"]].fields
+    import transformers
+
+    kind = text_config["model_type"]
     ours = {"model_type", "architectures", "vocab_size", "tie_word_embeddings"}
-    used = with_rotations({name: getattr(trained, name, usual) for name, usual in known.items()}, "su", "longrope")
+    read = settings_read(kind, transformers.__version__)
+    used = {name: getattr(trained, name, LLMS[kind].fields.get(name)) for name in read}
+    used = with_rotations(used, "su", "longrope")
     for name in text_config.keys() - ours:
-        if name not in known:
+        if name not in used:
             yield f"text_config has {name} {text_config[name]!r}, which LLaVA's model does not read"
         elif text_config[name] != used[name]:
             yield f"text_config has {name} {text_config[name]!r}, LLaVA's model {getattr(trained, name, None)!r}"

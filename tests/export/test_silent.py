@@ -146,6 +146,16 @@ def test_verify_sees_another_setting(broken, change):
     assert f"text_config has {next(iter(change))}" in broken.seen()
 
 
+@pytest.mark.parametrize(("version", "seen"), [("4.37.2", "does not read"), ("4.45.2", "LLaVA's model False")])
+def test_what_a_later_version_reads_is_compared(monkeypatch, version, seen):
+    """LLaVA-MORE runs on 4.45."""
+    monkeypatch.setattr("transformers.__version__", version)
+    trained = transformers.LlamaConfig(mlp_bias=False)
+    found = [*verify.different_settings({"model_type": "llama", "mlp_bias": False}, trained)]
+    assert len(found) == (version == "4.37.2")
+    assert seen in "; ".join(verify.different_settings({"model_type": "llama", "mlp_bias": True}, trained))
+
+
 # What stands behind a picture
 
 
