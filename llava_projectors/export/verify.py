@@ -183,7 +183,7 @@ def ask(
     logits = model(input_ids=ids, **given).logits[0, :, :known]
     settings = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     output = model.generate(ids, **given, do_sample=False, max_new_tokens=max_new_tokens, **settings)
-    answer = without_start(output[0].tolist(), model.generation_config)
+    answer = without_start(without_prompt(output[0].tolist(), ids[0].tolist()), model.generation_config)
     return {
         "prompt": question.prompt,
         "images": question.pictures,
@@ -224,6 +224,11 @@ def visual_arguments(question: Question, pixels: Any, taken: Collection[str]) ->
     if "modalities" in taken:  # LLaVA-NeXT's scripts give a list
         given.update(images=list(pixels), modalities=["video" if is_video else "image"] * len(pixels))
     return {name: value for name, value in given.items() if name in taken}
+
+
+def without_prompt(output: list[int], prompt: list[int]) -> list[int]:
+    """What follows the prompt, where a model's `generate` gives that too, as before LLaVA 1.2."""
+    return output[len(prompt) :] if output[: len(prompt)] == prompt else output
 
 
 def without_start(answer: list[int], settings: Any) -> list[int]:

@@ -156,6 +156,12 @@ def test_what_a_later_version_reads_is_compared(monkeypatch, version, seen):
     assert seen in "; ".join(verify.different_settings({"model_type": "llama", "mlp_bias": True}, trained))
 
 
+def test_verify_takes_an_answer_from_behind_the_prompt():
+    """Forks of before LLaVA 1.2 (VCoder, quilt-llava) generate the prompt too, in which a picture has no token."""
+    assert verify.without_prompt([1, -200, 5, 7, 2], [1, -200, 5]) == [7, 2]
+    assert verify.without_prompt([1, 7, 2], [1, -200, 5]) == [1, 7, 2]
+
+
 # What stands behind a picture
 
 
