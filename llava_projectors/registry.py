@@ -44,6 +44,8 @@ ENTRY_POINT_GROUP = "llava_projectors"
 OPTIONS_SETTING = "mm_projector_options"
 # Beside them: the version of this package that trained it.
 VERSION_SETTING = "llava_projectors_version"
+# And the side of the patch grid that the tower returned: some forks make larger pictures than its config says.
+GRID_SETTING = "mm_projector_grid"
 
 
 def list_projectors() -> list[str]:

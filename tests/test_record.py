@@ -42,6 +42,7 @@ def test_adapter_and_checkpoint_hold_every_option(trained):
         assert config["mm_projector_type"] == "saep"
         assert config["mm_projector_options"] == OPTIONS
         assert config["llava_projectors_version"] == llava_projectors.__version__
+        assert config["mm_projector_grid"] == 12
 
 
 def test_loading_builds_what_was_trained_whatever_the_defaults_have_become(trained, monkeypatch):

@@ -21,12 +21,21 @@ from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import check_room, local_folder, temporary_folder, write_json
 from llava_projectors.export.llm import LLMS, generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
+from llava_projectors.export.settings import refuse_other_class, refuse_other_grid, refuse_settings_of_forks
 from llava_projectors.export.templates import between_marks, by_own_template, choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
-from llava_projectors.export.tower import INNER, OWN, Tower, check_whole, read_tower, refuse_quantised, tower_weights
+from llava_projectors.export.tower import (
+    INNER,
+    OWN,
+    Tower,
+    check_whole,
+    read_tower,
+    refuse_left_over,
+    refuse_quantised,
+    tower_weights,
+)
 from llava_projectors.integration import weights
-from llava_projectors.integration.forks import SECOND_TOWER_SETTINGS
 from llava_projectors.integration.tower import resolve_layers
 from llava_projectors.projectors import registration
 from llava_projectors.serving.hook import NOT_STOCK
@@ -81,6 +90,8 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
     config, source = checkpoint.config, checkpoint.source
     type_string = _our_type(config, source)
     _refuse_unsupported(config, source)
+    text = text_config(config, source)
+    refuse_other_class(config, source)
     name = vision_tower or config.get("mm_vision_tower")
     if not name:
         raise ExportError(
@@ -91,13 +102,14 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
     role = "--vision-tower" if vision_tower else f"mm_vision_tower in the config.json of {source}"
     folder = local_folder(name, role, "Pass --vision-tower with the folder that it is in now")
     tower = read_tower(folder, config)
+    refuse_other_grid(config, source, tower.patch_side)
     resolved = _resolve(type_string, config)
     return Export(
         checkpoint,
         resolved,
         resolve_layers(resolved, tower.config["num_hidden_layers"], tower.select_layer),
         tower,
-        text_config(config, source),
+        text,
         image_layout(config, source, tower.tile_side, resolved.output_side(tower.patch_side)),
         dtype or _stored_dtype(checkpoint),
     )
@@ -123,14 +135,14 @@ def _our_type(config: Mapping[str, Any], source: Path) -> str:
 def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise ExportError(f"{source} has mm_vision_select_feature {config['mm_vision_select_feature']!r}, not 'patch'")
-    for setting in (*SECOND_TOWER_SETTINGS, "s2"):
-        if config.get(setting):
-            raise ExportError(f"{source} has {setting} {config[setting]!r}: one tower at one scale can be exported")
+    if config.get("s2"):
+        raise ExportError(f"{source} has s2 {config['s2']!r}: one tower at one scale can be exported")
     if config.get("mm_resampler_type"):
         raise ExportError(
             f"{source} has mm_resampler_type {config['mm_resampler_type']!r}: what LLaVA-NeXT puts between tower and "
             "projector cannot be exported"
         )
+    refuse_settings_of_forks(config, source)
 
 
 def _resolve(type_string: str, config: Mapping[str, Any]) -> registry.ResolvedSpec:
@@ -190,7 +202,9 @@ def _llm(checkpoint: Checkpoint, found: dict[str, Weight], shapes: weights.Shape
     tables = embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
     if checkpoint.config.get("tie_word_embeddings") and embeddings in found:
         found[head] = found[embeddings]  # as LLaVA's loader has it, whatever the file holds for the head
-    check_whole(found, {**shapes, **dict.fromkeys(tables, ())}, str(checkpoint.source))
+    expected = {**shapes, **dict.fromkeys(tables, ())}
+    refuse_left_over(found.keys() - expected.keys(), checkpoint.source)
+    check_whole(found, expected, str(checkpoint.source))
     rows = -(-tokenizer.count // ROW_MULTIPLE) * ROW_MULTIPLE
     known = tokenizer.image if tokenizer.image == tokenizer.count - 1 else tokenizer.count
     _refuse_other_rows(checkpoint, {key: (found[key].shape[0], shapes[key][0]) for key in tables}, tokenizer.pieces)

@@ -20,6 +20,8 @@ MERGES = ("flat", "spatial", "spatial_unpad")
 # What LLaVA-NeXT alone writes into a config. There each picture is a list of its own, and `image_newline` follows
 # also where it is one tile; LLaVA stacks such pictures, and then it does not.
 NEXT_SETTING = "vision_tower_pretrained"
+# What LLaVA-MORE alone writes.
+MORE_SETTING = "model_architecture"
 # `mm_spatial_pool_mode`: how LLaVA-NeXT pools the frames of a video.
 POOLS = ("average", "max", "bilinear")
 
@@ -49,6 +51,12 @@ def image_layout(config: Mapping[str, Any], source: Path, tile_side: int, token_
     matched = re.fullmatch(r"anyres(?:_max_(\d+))?", str(aspect))
     if matched and (is_next or not matched[1]):
         most = int(matched[1]) if matched[1] and merge == "spatial_unpad" else None
+        if merge != "flat" and MORE_SETTING in config:
+            raise ExportError(
+                f"{source} has {MORE_SETTING} {config[MORE_SETTING]!r}, as LLaVA-MORE writes, and mm_patch_merge_type "
+                f"{merge!r}: LLaVA-MORE lays out tiles by their own size, not the picture's. With 'flat' it can be "
+                "exported"
+            )
         resolutions = _resolutions(config.get("image_grid_pinpoints"), tile_side, source)
         return AnyResolution(token_side, tile_side, resolutions, merge, most, video)
     if aspect not in (None, "pad", "square"):
@@ -71,9 +79,10 @@ def _separators(config: Mapping[str, Any], source: Path) -> tuple[int, int]:
 
 
 def _video(config: Mapping[str, Any], merge: str, token_side: int) -> Optional[Frames]:
-    """LLaVA-NeXT's layout of videos; None where LLaVA-NeXT itself fails on them."""
+    """LLaVA-NeXT's layout of videos; None where LLaVA-NeXT itself fails on them, or its versions differ."""
     pool = config.get("mm_spatial_pool_mode")
-    if pool not in POOLS or config.get("add_faster_video"):
+    # Where newer versions pool by 2 whatever the config says, older ones and LongVA pool by the config.
+    if pool not in POOLS or config.get("add_faster_video") or config.get("mm_spatial_pool_stride") not in (None, 2):
         return None
     if merge == "flat":
         return Frames(token_side, pool, "no_token")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llava_projectors.export.checkpoint import IGNORED, Checkpoint, Weight
 from llava_projectors.export.errors import ExportError
@@ -21,6 +23,8 @@ SETTINGS = (
 # How LLaVA's checkpoints call a tower that was trained.
 OWN = "model.vision_tower.vision_tower."
 INNER = "vision_model."
+# What saving in another dtype changes at most: bfloat16 keeps 8 bits, the smallest number of float16 is 6e-8.
+RELATIVE, ABSOLUTE = 2**-7, 1e-7
 # Others are a quantised model's, whose scales lie elsewhere.
 PLAIN_DTYPES = ("torch.float64", "torch.float32", "torch.bfloat16", "torch.float16")
 
@@ -77,6 +81,11 @@ def read_tower(folder: Path, config: Mapping[str, Any]) -> Tower:
         if not isinstance(layer, int):
             raise ExportError(f"the checkpoint has mm_vision_select_layer {layer!r}: one layer can be exported")
         return Tower(folder, settings, layer)
+    if NEXT_SETTING not in config:
+        raise ExportError(
+            f"the vision tower {folder} is a SigLIP, and the checkpoint's config.json has no {NEXT_SETTING}, as "
+            "LLaVA-NeXT's have: other forks read other layers of it. LLaVA-NeXT's way can be exported"
+        )
     # LLaVA-NeXT deletes the last layer and the head, and offers no choice.
     settings.update(num_hidden_layers=settings["num_hidden_layers"] - 1, vision_use_head=False)
     return Tower(folder, settings, -1)
@@ -93,19 +102,62 @@ def tower_weights(tower: Tower, checkpoint: Checkpoint, shapes: weights.Shapes) 
     Raises:
         ExportError: weights are missing or of another shape.
     """
-    if _was_trained(checkpoint.config):
-        found, source = _trained_weights(checkpoint), f"the vision tower in {checkpoint.source}, which was trained,"
-    else:
-        # LLaVA too loads a frozen tower from where it came from.
-        stored = checkpoint_tensors(tower.folder)
-        found = {key: Weight(tensor) for key, tensor in stored.items() if not IGNORED.search(key)}
-        source = f"the tower {tower.folder}"
     # Older stock models of SigLIP have the head in any case.
     expected = {key: shape for key, shape in shapes.items() if not (tower.is_siglip and key.startswith("head."))}
-    bare = {key.removeprefix(INNER): weight for key, weight in found.items()}
-    used = {f"{INNER}{key}": weight for key, weight in bare.items() if key in expected}
+    own = _bare({key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)})
+    refuse_left_over([f"{OWN}{INNER}{key}" for key in own if key not in expected], checkpoint.source)
+    if _was_trained(checkpoint.config):
+        if not own:
+            raise ExportError(
+                f"{checkpoint.source} lacks the weights of its vision tower, which was trained by its config.json "
+                "(unfreeze_mm_vision_tower, mm_tunable_parts): export a checkpoint that has them"
+            )
+        found, source = own, f"the vision tower in {checkpoint.source}, which was trained,"
+    else:
+        # LLaVA too loads a frozen tower from where it came from.
+        found = _bare({key: Weight(tensor) for key, tensor in checkpoint_tensors(tower.folder).items()})
+        source = f"the tower {tower.folder}"
+    used = {f"{INNER}{key}": weight for key, weight in found.items() if key in expected}
     check_whole(used, {f"{INNER}{key}": shape for key, shape in expected.items()}, source)
+    if found is not own:
+        _refuse_other_weights(own, used, checkpoint.source, tower.folder)
     return used
+
+
+def _bare(found: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Names without `vision_model.`; what old versions saved is left out."""
+    return {key.removeprefix(INNER): weight for key, weight in found.items() if not IGNORED.search(key)}
+
+
+def _refuse_other_weights(own: Mapping[str, Weight], used: Mapping[str, Weight], source: Path, folder: Path) -> None:
+    """Raise where a checkpoint has another tower than the folder that it is exported from, but for rounding."""
+    for key, weight in own.items():
+        stored, expected = weight.read().float(), used[f"{INNER}{key}"].read().float()
+        if stored.shape != expected.shape or not torch.allclose(stored, expected, RELATIVE, ABSOLUTE):
+            raise ExportError(
+                f"{source} has a vision tower of its own, other than {folder} ({OWN}{INNER}{key}), and its config.json "
+                "does not say that it was trained. Where the fork that trained it takes it from the checkpoint, write "
+                "unfreeze_mm_vision_tower true into config.json; where it is taken from the folder, as LLaVA does, "
+                "remove these weights"
+            )
+
+
+def refuse_left_over(names: Collection[str], source: Path) -> None:
+    """Raise for weights of a checkpoint that the folder has no place for.
+
+    Args:
+        names: of them.
+        source: the checkpoint, for messages.
+
+    Raises:
+        ExportError: names some.
+    """
+    if names:
+        shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ExportError(
+            f"{source} has weights that LLaVA's own model does not have: {shown}. They are a part of the fork that "
+            "trained it, and the folder would be another model without them: serve it with that fork"
+        )
 
 
 def check_whole(found: Mapping[str, Weight], expected: weights.Shapes, source: str) -> None:
@@ -124,16 +176,6 @@ def refuse_quantised(found: Mapping[str, Weight], source: str) -> None:
                 f"{source} holds {name} in {weight.stored.dtype}: a quantised checkpoint cannot be exported; export "
                 "the one that it was made from"
             )
-
-
-def _trained_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
-    found = {key[len(OWN) :]: weight for key, weight in checkpoint.weights.items() if key.startswith(OWN)}
-    if not found:
-        raise ExportError(
-            f"{checkpoint.source} lacks the weights of its vision tower, which was trained by its config.json "
-            "(unfreeze_mm_vision_tower, mm_tunable_parts): export a checkpoint that has them"
-        )
-    return found
 
 
 def _was_trained(config: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """What a checkpoint's config says of its projector, so that it describes itself whatever the defaults become.
 
-Beside LLaVA's own `mm_projector_type` stand every option of the type, its layers counted from 0, and
-the version of this package that trained it. `registry.resolve` reads the options back.
+Beside LLaVA's own `mm_projector_type` stand every option of the type, its layers counted from 0, the
+version of this package that trained it, and the tower's patch grid. `registry.resolve` reads the options back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_projectors import registry
 from llava_projectors.integration import weights
 from llava_projectors.integration.tower import ReducedTower, find_tower
 from llava_projectors.projectors.base import Projector
-from llava_projectors.registry import OPTIONS_SETTING, VERSION_SETTING
+from llava_projectors.registry import GRID_SETTING, OPTIONS_SETTING, VERSION_SETTING
 from llava_projectors.spec import format_value
 
 
@@ -49,6 +49,7 @@ def write(model: Any) -> None:
         options = options_of(projector, tower.projector_spec.options, tower.projector_layers)
         setattr(model.config, OPTIONS_SETTING, options)
         setattr(model.config, VERSION_SETTING, llava_projectors.__version__)
+        setattr(model.config, GRID_SETTING, tower.patch_side)
 
 
 def differences(path: str, projector: Projector, options: Mapping[str, Any], layers: Sequence[int]) -> str:

@@ -385,7 +385,10 @@ def test_a_siglip_tower(tiny, trained, tmp_path):
     source = tmp_path / "llava-siglip"
     shutil.copytree(trained("saep").checkpoint, source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tmp_path / "siglip")}))
+    of_next = {"mm_vision_tower": str(tmp_path / "siglip"), "vision_tower_pretrained": ""}
+    (source / "config.json").write_text(json.dumps({**config, "mm_projector_grid": 8, **of_next}))
+    kept = {k: v for k, v in load_file(source / "model.safetensors").items() if not k.startswith(OWN)}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
 
     export_checkpoint(str(source), tmp_path / "out", dtype="float32")
     exported = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -444,18 +447,20 @@ def test_a_mistral_llm(trained, tmp_path):
         ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, False),  # LLaVA does not read it
     ],
 )
-def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path, setting, is_own):
+def test_a_tower_that_was_trained_is_the_checkpoints(checkpoint, tiny, tmp_path, refused, setting, is_own):
     from transformers import CLIPVisionModel
 
     folder = checkpoint(**setting)
     weights = CLIPVisionModel.from_pretrained(tiny.coarse_tower).state_dict()
     own = {f"{OWN}{name}": value.half() + 1 for name, value in weights.items() if "position_ids" not in name}
     save_file({**load_file(folder / "model.safetensors"), **own}, folder / "model.safetensors")
+    if not is_own:  # LLaVA takes the folder's, a fork that trained it may not
+        refused(folder, "has a vision tower of its own, other than .*config.json does not say that it was trained")
+        return
     export_checkpoint(str(folder), tmp_path / "out", dtype="float32")
     name = "vision_model.encoder.layers.3.mlp.fc1.bias"
     exported = load_file(tmp_path / "out" / "model.safetensors")[f"model.vision_tower.{name}"]
-    expected = own[OWN + name].float() if is_own else weights[name]
-    torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(exported, own[OWN + name].float())
 
 
 def test_an_exported_folder_is_not_exported_again(checkpoint, tmp_path, refused):
