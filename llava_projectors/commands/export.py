@@ -56,6 +56,11 @@ def export(arguments: argparse.Namespace) -> int:
     )
     before = done.tower.patch_side**2
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
+    if not (arguments.conv_mode or arguments.chat_template):
+        print(
+            f"Its chat template is {done.conversation}, the usual one of this LLM and tokenizer: a checkpoint does not "
+            "say in which it was trained (--version). --conv-mode and --chat-template take another"
+        )
     print(f"Its README.md says how to load and serve it, with transformers and vLLM: {output / 'README.md'}")
     if (penalty := read_json(output / "generation_config.json").get("repetition_penalty", 1.0)) != 1.0:
         print(

@@ -7,7 +7,7 @@ name beside its place and renamed when it is whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -60,6 +60,7 @@ class Export:
         text_config: of the LLM, as transformers writes it, without its number of rows.
         layout: how the visual tokens of a picture lie in the LLM's input.
         dtype: the name of the dtype of all weights.
+        conversation: the name of the chat template; "" until it is chosen.
     """
 
     checkpoint: Checkpoint
@@ -69,6 +70,7 @@ class Export:
     text_config: dict[str, Any]
     layout: Layout
     dtype: str
+    conversation: str = ""
 
     @property
     def tokens(self) -> int:
@@ -92,16 +94,7 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
     _refuse_unsupported(config, source)
     text = text_config(config, source)
     refuse_other_class(config, source)
-    name = vision_tower or config.get("mm_vision_tower")
-    if not name:
-        raise ExportError(
-            f"{source} names no vision tower: its config.json has no mm_vision_tower; pass --vision-tower"
-        )
-    if not isinstance(name, str):
-        raise ExportError(f"the config.json of {source} has mm_vision_tower {name!r}, not a name; pass --vision-tower")
-    role = "--vision-tower" if vision_tower else f"mm_vision_tower in the config.json of {source}"
-    folder = local_folder(name, role, "Pass --vision-tower with the folder that it is in now")
-    tower = read_tower(folder, config)
+    tower = read_tower(_tower_folder(config, source, vision_tower), config)
     refuse_other_grid(config, source, tower.patch_side)
     resolved = _resolve(type_string, config)
     return Export(
@@ -113,6 +106,26 @@ def prepare(checkpoint: Checkpoint, dtype: Optional[str] = None, vision_tower: O
         image_layout(config, source, tower.tile_side, resolved.output_side(tower.patch_side)),
         dtype or _stored_dtype(checkpoint),
     )
+
+
+def _tower_folder(config: Mapping[str, Any], source: Path, vision_tower: Optional[str]) -> Path:
+    """Where the vision tower is; arguments and errors as of `prepare`."""
+    name = vision_tower or config.get("mm_vision_tower")
+    if not name:
+        raise ExportError(
+            f"{source} names no vision tower: its config.json has no mm_vision_tower; pass --vision-tower"
+        )
+    if not isinstance(name, str):
+        raise ExportError(f"the config.json of {source} has mm_vision_tower {name!r}, not a name; pass --vision-tower")
+    role = "--vision-tower" if vision_tower else f"mm_vision_tower in the config.json of {source}"
+    folder = local_folder(name, role, "Pass --vision-tower with the folder that it is in now")
+    beside = source / "vision_tower"
+    if not vision_tower and files.has_weights(beside) and folder.resolve() != beside.resolve():
+        raise ExportError(
+            f"{beside} is a vision tower too, as ShareGPT4Video and ConvLLaVA save the one that they trained, and "
+            f"mm_vision_tower in the config.json is {name!r}: pass --vision-tower with the one to export"
+        )
+    return folder
 
 
 def _our_type(config: Mapping[str, Any], source: Path) -> str:
@@ -377,6 +390,7 @@ def export_checkpoint(
         ProjectorWeightsError: the projector's weights are not whole, or a file is missing or cut off.
         ProjectorSpecError: its type string or options are not valid, or a config cannot be read.
     """
+    _refuse_old_transformers()
     if target.exists():
         raise ExportError(f"{target} exists already: name another folder, or remove it")
     export = prepare(_located(source, base), dtype, vision_tower)
@@ -396,7 +410,18 @@ def export_checkpoint(
         card = model_card(config, str(source), base, target.name, template.name, travels_not, spaces_differ(llm))
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(folder, outputs, DTYPES[export.dtype], progress, shard_bytes)
-    return export
+    return replace(export, conversation=template.name)
+
+
+def _refuse_old_transformers() -> None:
+    """Raise where transformers has other auto classes and tokens than LLaVA 1.2 was written for; some forks pin it."""
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 36):
+        raise ExportError(
+            f"transformers {transformers.__version__} is too old to export with: run it in an environment with 4.36 or "
+            "newer, where nothing of the code that trained is needed"
+        )
 
 
 def _located(source: str, base: Optional[str]) -> Checkpoint:

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from llava_projectors.commands.cli import main
 from llava_projectors.export import verify
 from llava_projectors.export.convert import export_checkpoint
 from llava_projectors.export.tower import OWN
@@ -46,6 +49,7 @@ def test_settings_that_are_off_or_of_training_alone_are_not(checkpoint, tmp_path
     folder = checkpoint(
         mm_dense_connector_type="none", is_multipath_encoder=False, vision_supervision="", tune_vision_tower=True,
         freeze_vision=True, vision_tower_lr=2e-6, mm_vision_tower_lr=2e-6, image_crop_resolution=224, mm_hidden_size=32,
+        pretrain_mm_mlp_adapter="mm_projector.bin",
         matryoshka_vis_token_scale=[1, 9], unsloth_version="2024.9",
     )  # fmt: skip
     (config := json.loads((folder / "config.json").read_text()))["mm_image_tower"] = None
@@ -105,6 +109,17 @@ def test_a_frozen_tower_that_was_saved_along_is_not(checkpoint, tmp_path, dtype)
     export_checkpoint(str(folder), tmp_path / "out")
 
 
+def test_a_tower_in_a_folder_of_the_checkpoint_is_not_passed_over(checkpoint, tiny, tmp_path, refused):
+    """ShareGPT4Video and ConvLLaVA save there what they trained."""
+    folder = checkpoint()
+    shutil.copytree(tiny.coarse_tower, folder / "vision_tower")
+    refused(folder, "vision_tower is a vision tower too, .*pass --vision-tower with the one to export")
+    export_checkpoint(str(folder), tmp_path / "out", vision_tower=str(folder / "vision_tower"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(folder / "vision_tower")}))
+    export_checkpoint(str(folder), tmp_path / "again")
+
+
 def test_a_siglip_as_other_forks_read_it_is_refused(checkpoint, tiny, tmp_path, refused):
     """ShareGPT4Video and DenseConnector read the last layer, which LLaVA-NeXT deletes."""
     from transformers import SiglipVisionConfig
@@ -132,3 +147,17 @@ def test_videos_that_are_pooled_by_more_than_2_are_not_exported(checkpoint, tmp_
     export_checkpoint(str(checkpoint(**settings)), tmp_path / "out")
     layout = json.loads((tmp_path / "out" / "config.json").read_text())["image_layout"]
     assert (layout["video"] is not None) == is_video
+
+
+def test_an_environment_of_an_old_fork_is_named(checkpoint, monkeypatch, refused):
+    """Half of the forks pin 4.31, whose tokens and auto classes are others."""
+    folder = checkpoint()
+    monkeypatch.setattr(transformers, "__version__", "4.31.0")
+    refused(folder, "transformers 4.31.0 is too old to export with: run it in an environment with 4.36")
+
+
+@pytest.mark.parametrize(("given", "is_said"), [([], True), (["--conv-mode", "llava_v1"], False)])
+def test_the_conversation_that_was_guessed_is_named(checkpoint, tmp_path, capsys, given, is_said):
+    """DenseConnector trains Llama 3 in another than Open-LLaVA-NeXT."""
+    assert main(["export", str(checkpoint()), str(tmp_path / "out"), *given]) == 0
+    assert ("chat template is vicuna_v1, the usual one" in capsys.readouterr().out) == is_said
