@@ -28,7 +28,7 @@ def export(arguments: argparse.Namespace) -> int:
     """Export, say what was written, verify if asked to; returns the exit status.
 
     Raises:
-        ValueError: the checkpoint cannot be exported, or the folder cannot be compared; says why.
+        ValueError: the checkpoint cannot be exported; says why.
     """
     with_verification = arguments.verify or arguments.verify_python is not None
     if with_verification and not _can_import(arguments.package):
@@ -70,7 +70,11 @@ def export(arguments: argparse.Namespace) -> int:
         )
     if not with_verification:
         return 0
-    differences = verify(output, checkpoint, base, arguments.verify_python, arguments.package)
+    try:
+        differences = verify(output, checkpoint, base, arguments.verify_python, arguments.package)
+    except ValueError as error:
+        print(f"{output} is written, and was not compared: {error}", file=sys.stderr)
+        return 1
     print("NOT equal: " + "; ".join(differences) if differences else "equal")
     return 1 if differences else 0
 

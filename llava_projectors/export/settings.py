@@ -17,6 +17,7 @@ KNOWN = frozenset((
     "mm_tunable_parts", "mm_resampler_type", "mm_newline_position", "mm_spatial_pool_mode", "mm_spatial_pool_stride",
     "mm_spatial_pool_out_channels", "image_aspect_ratio", "image_grid_pinpoints", "image_crop_resolution",
     "image_split_resolution", "vision_tower", "vision_tower_pretrained", "add_faster_video", "s2", "s2_scales",
+    "image_token_index", "image_token_id",  # LLaVA-OneVision's on the hub, for other programs
 ))  # fmt: skip
 ABOUT_PICTURES = re.compile(r"(?:^|_)(?:mm|images?|img|vision|visual|videos?|towers?|encoders?|s2|siglip)(?:_|$)")
 OF_TRAINING = re.compile(r"^(?:tune|freeze|unfreeze|pretrain)_|_lr$")  # of weights, which are looked at themselves

@@ -884,6 +884,13 @@ def test_bfloat16_and_a_relative_interpreter(trained, tmp_path, monkeypatch):
         verify.compare_elsewhere(Path("out"), [], "env/python")
 
 
+def test_a_folder_that_could_not_be_compared_is_there(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(checkpoint()), str(out), "--verify-python", "/no/python"]) == 1
+    assert f"{out} is written, and was not compared: --verify-python /no/python cannot be" in capsys.readouterr().err
+    assert (out / "config.json").is_file()
+
+
 # From transformers' side
 
 

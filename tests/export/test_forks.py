@@ -49,7 +49,7 @@ def test_settings_that_are_off_or_of_training_alone_are_not(checkpoint, tmp_path
     folder = checkpoint(
         mm_dense_connector_type="none", is_multipath_encoder=False, vision_supervision="", tune_vision_tower=True,
         freeze_vision=True, vision_tower_lr=2e-6, mm_vision_tower_lr=2e-6, image_crop_resolution=224, mm_hidden_size=32,
-        pretrain_mm_mlp_adapter="mm_projector.bin",
+        pretrain_mm_mlp_adapter="mm_projector.bin", image_token_index=151646,
         matryoshka_vis_token_scale=[1, 9], unsloth_version="2024.9",
     )  # fmt: skip
     (config := json.loads((folder / "config.json").read_text()))["mm_image_tower"] = None
