@@ -53,13 +53,19 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 vLLM{second_template}:
 
 ```bash
-vllm serve {name}{code_flag}{template_flag}
+vllm serve {name}{code_flag}{template_flag}{one_picture}
 ```
-{spaces}{travels}"""
+{several}{spaces}{travels}"""
 
 SPACES = """
 LLaVA's tokenizer was saved with `legacy: false`: it gives no space behind `</s>`, the one here does. Prompts \
 of one turn are the same tokens; in those of several turns, one token after each `</s>` may differ.
+"""
+# Where a single picture is cut and several are seen whole, which vLLM's transformers backend cannot tell apart.
+ONE_PICTURE = """ --limit-mm-per-prompt '{"image": 1}' --mm-processor-kwargs '{"image_aspect_ratio": "slice"}'"""
+SEVERAL = """
+This serves prompts of one picture, which is cut into tiles; several in a prompt are seen whole. Where \
+llava-projectors is installed beside vLLM, leave the last two options out, and both are served.
 """
 # By the kind of the LLM, where its recipe has a rule of its own.
 OTHER_SPACES = {
@@ -122,6 +128,7 @@ def model_card(
         spaces=OTHER_SPACES.get(text["model_type"], SPACES) if spaces_differ else "",
         **_conversation(name, conversation),
         **_code(config["mm_projector_type"], travels_not),
+        **_several(config["image_layout"], travels_not),
     )
 
 
@@ -143,3 +150,10 @@ def _code(type_string: str, travels_not: Optional[str]) -> dict[str, Any]:
         return {"needs": "", "trust": False, "code_flag": "", "travels": travels}
     needs = " (where llava-projectors is installed, leave `trust_remote_code` out)"
     return {"needs": needs, "trust": True, "code_flag": " --trust-remote-code", "travels": ""}
+
+
+def _several(layout: Mapping[str, Any], travels_not: Optional[str]) -> dict[str, str]:
+    """What the card says of several pictures in vLLM. Code that does not travel runs beside this package alone."""
+    if travels_not or layout.get("cuts_several", True):
+        return {"one_picture": "", "several": ""}
+    return {"one_picture": ONE_PICTURE, "several": SEVERAL}

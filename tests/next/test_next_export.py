@@ -63,6 +63,9 @@ def test_it_is_what_the_family_says(export, name):
     asked = [question.given_as for question in verify.default_questions(layout)]
     assert asked == ["pictures"] * 3 + (["pad"] if "anyres" in name else []) + ["video"]
     assert verify.verify(folder, str(source), None, package=family.PACKAGE) == []
+    # Where vLLM's transformers backend does not start without being told how pictures are seen.
+    told = """--limit-mm-per-prompt '{"image": 1}' --mm-processor-kwargs '{"image_aspect_ratio": "slice"}'\n```"""
+    assert (told in (folder / "README.md").read_text()) == ("slice" in name)
 
 
 def test_verify_sees_a_lost_newline(export):
