@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava_projectors.commands.arguments import not_empty
-from llava_projectors.export.convert import export_checkpoint
+from llava_projectors.export.convert import Export, export_checkpoint
 from llava_projectors.export.errors import ExportError
 from llava_projectors.export.folders import left_behind
 from llava_projectors.export.start import start
@@ -43,17 +43,23 @@ def export(arguments: argparse.Namespace) -> int:
         start(arguments.checkpoint, arguments.output, arguments.new_projector, progress=progress_bar)
         print(f"{arguments.new_projector}: a new projector, to be trained in {arguments.output}")
         return 0
-    checkpoint, output, base = arguments.checkpoint, arguments.output, arguments.model_base
     done = export_checkpoint(
-        checkpoint,
-        output,
-        base,
+        arguments.checkpoint,
+        arguments.output,
+        arguments.model_base,
         arguments.dtype,
         arguments.conv_mode,
         progress_bar,
         vision_tower=arguments.vision_tower,
         chat_template=arguments.chat_template,
     )
+    _report(done, arguments)
+    return _verified(arguments) if with_verification else 0
+
+
+def _report(done: Export, arguments: argparse.Namespace) -> None:
+    """What was written, and what of it a user may have to know."""
+    output = arguments.output
     before = done.tower.patch_side**2
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
     if not (arguments.conv_mode or arguments.chat_template):
@@ -68,10 +74,13 @@ def export(arguments: argparse.Namespace) -> int:
             "in LLaVA; vLLM applies it to the prompt too",
             file=sys.stderr,
         )
-    if not with_verification:
-        return 0
+
+
+def _verified(arguments: argparse.Namespace) -> int:
+    """Compare the folder with LLaVA and say the result; returns the exit status."""
+    checkpoint, output = arguments.checkpoint, arguments.output
     try:
-        differences = verify(output, checkpoint, base, arguments.verify_python, arguments.package)
+        differences = verify(output, checkpoint, arguments.model_base, arguments.verify_python, arguments.package)
     except ValueError as error:
         print(f"{output} is written, and was not compared: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ from llava_projectors.export.folders import check_room, local_folder, temporary_
 from llava_projectors.export.llm import LLMS, generation_config, text_config
 from llava_projectors.export.pictures import image_layout, processor_settings
 from llava_projectors.export.settings import refuse_other_class, refuse_other_grid, refuse_settings_of_forks
-from llava_projectors.export.templates import between_marks, by_own_template, choose, write_templates
+from llava_projectors.export.templates import ChatTemplate, between_marks, by_own_template, choose, write_templates
 from llava_projectors.export.tensors import SHARD_BYTES, Output, write_checkpoint
 from llava_projectors.export.tokenizer import Exported, export_tokenizer, spaces_differ
 from llava_projectors.export.tower import (
@@ -397,12 +397,7 @@ def export_checkpoint(
     llm = export.checkpoint.llm
     with temporary_folder(target) as folder:
         tokenizer = export_tokenizer(llm, folder)
-        kind = export.text_config["model_type"]
-        if conversation is None and chat_template is None:
-            conversation = by_own_template(export.checkpoint.config, llm, folder)
-        template = choose(kind, tokenizer.tokens, conversation, chat_template, export.checkpoint.source)
-        if export.checkpoint.config.get("mm_use_im_start_end"):
-            template = between_marks(template, tokenizer.tokens, export.checkpoint.source)
+        template = _template(export, tokenizer, folder, conversation, chat_template)
         write_templates(template, tokenizer.adds_start, folder)
         outputs = plan_weights(export, tokenizer)
         check_room(folder, outputs, DTYPES[export.dtype])
@@ -411,6 +406,20 @@ def export_checkpoint(
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checkpoint(folder, outputs, DTYPES[export.dtype], progress, shard_bytes)
     return replace(export, conversation=template.name)
+
+
+def _template(
+    export: Export, tokenizer: Exported, folder: Path, conversation: Optional[str], file: Optional[Path]
+) -> ChatTemplate:
+    """The chat template of a folder that has its tokenizer; `conversation` and `file` are the user's."""
+    checkpoint = export.checkpoint
+    if conversation is None and file is None:
+        conversation = by_own_template(checkpoint.config, checkpoint.llm, folder)
+    kind = export.text_config["model_type"]
+    template = choose(kind, tokenizer.tokens, conversation, file, checkpoint.source)
+    if checkpoint.config.get("mm_use_im_start_end"):
+        return between_marks(template, tokenizer.tokens, checkpoint.source)
+    return template
 
 
 def _refuse_old_transformers() -> None:

@@ -19,6 +19,17 @@ from llava_projectors.export.folders import write_json
 from llava_projectors.files import read_json
 
 IMAGE_TOKEN = "<image>"
+# Of every exported tokenizer_config.json.
+FIXED = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "processor_class": "LlavaProcessor",
+    "image_token": IMAGE_TOKEN,
+    "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+    # LLaVA's LLMs take no token types.
+    "model_input_names": ["input_ids", "attention_mask"],
+    # Left, for batches that generate.
+    "padding_side": "left",
+}
 # Of the prompts that tokenizers are compared on.
 WORDS = (
     "the", "what", "picture", "show?", "<image>", "<image>\n", "\n", "\n\n", "  ", "\t", "USER:", "ASSISTANT:", "höhe",
@@ -75,19 +86,12 @@ def export_tokenizer(source: Path, target: Path) -> Exported:
     tokenizer.save(str(target / "tokenizer.json"))
     cleans_up = settings.get("clean_up_tokenization_spaces", not is_rebuilt)
     written = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **FIXED,
         **special,
-        "image_token": IMAGE_TOKEN,
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
         "clean_up_tokenization_spaces": cleans_up,
         # Without it transformers 5 gives the first no effect, and " ." stays what LLaVA prints as ".".
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": cleans_up,
-        # LLaVA's LLMs take no token types.
-        "model_input_names": ["input_ids", "attention_mask"],
-        # Left, for batches that generate.
-        "padding_side": "left",
         "model_max_length": settings.get("model_max_length", 2048),
-        "processor_class": "LlavaProcessor",
     }
     write_json(target / "tokenizer_config.json", written)
     write_json(target / "special_tokens_map.json", special)
