@@ -158,3 +158,16 @@ def test_the_conversation_that_was_guessed_is_named(checkpoint, tmp_path, capsys
     """DenseConnector trains Llama 3 in another than Open-LLaVA-NeXT."""
     assert main(["export", str(checkpoint()), str(tmp_path / "out"), *given]) == 0
     assert ("chat template is vicuna_v1, the usual one" in capsys.readouterr().out) == is_said
+
+
+def test_lora_below_a_frozen_tower_is_not_dropped(trained, checkpoint, tmp_path, refused):
+    """Forks whose scripts do not leave the tower out of LoRA's targets."""
+    folder, name = tmp_path / "llava-lora", f"{OWN}vision_model.encoder.layers.0.self_attn.q_proj"
+    shutil.copytree(trained("saep").adapter, folder)
+    (folder / "mm_projector.bin").rename(folder / "non_lora_trainables.bin")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    shapes = {"A": (4, 32), "B": (32, 4)}
+    weights = {f"base_model.model.{name}.lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    torch.save(weights, folder / "adapter_model.bin")
+    refused(folder, f"has a vision tower of its own, other than .*{re.escape(name)}", base=str(checkpoint()))

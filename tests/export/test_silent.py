@@ -604,6 +604,7 @@ def adapter(trained, tiny, tmp_path):
         ({"target_modules": ["k_proj"]}, r"has target_modules \['k_proj'\], and the adapter has weights for model"),
         ({"target_modules": None}, "has target_modules None, not the names of modules"),
         ({"layers_to_transform": 0}, "asks for layers_to_transform=0"),
+        ({"peft_type": "DORA"}, "asks for DORA, which LLaVA's scripts do not train; merge it"),  # the fork DoRA
         ({"r": 0}, "has r 0 and lora_alpha 8"),
         ({"r": None}, "has r None and lora_alpha 8"),
         ({"lora_alpha": "64"}, "has r 4 and lora_alpha '64'"),
