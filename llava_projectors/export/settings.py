@@ -43,8 +43,8 @@ def refuse_settings_of_forks(config: Mapping[str, Any], source: Path) -> None:
     if unknown:
         raise ExportError(
             f"the config.json of {source} has {', '.join(unknown)}, which LLaVA and LLaVA-NeXT do not read: a fork's "
-            "model does with pictures what the folder would not. Remove what changes nothing in your model, and "
-            "compare with --verify and --package"
+            "model may do by them with pictures what the folder would not. Remove what changes nothing in your model, "
+            "and compare with --verify and --package"
         )
 
 

@@ -155,8 +155,9 @@ def refuse_left_over(names: Collection[str], source: Path) -> None:
     if names:
         shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise ExportError(
-            f"{source} has weights that LLaVA's own model does not have: {shown}. They are a part of the fork that "
-            "trained it, and the folder would be another model without them: serve it with that fork"
+            f"{source} has weights that LLaVA's model of its config.json does not have: {shown}. Where they are a part "
+            "of a fork's model, the folder would be another one without them: serve it with that fork. Else copy "
+            "weights and config.json from one run"
         )
 
 
