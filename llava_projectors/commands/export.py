@@ -64,7 +64,7 @@ def _report(done: Export, arguments: argparse.Namespace) -> None:
     print(f"{done.resolved.type_string}: {before} -> {done.tokens} visual tokens, written to {output}")
     if not (arguments.conv_mode or arguments.chat_template):
         print(
-            f"Its chat template is {done.conversation}, the usual one of this LLM and tokenizer: a checkpoint does not "
+            f"Its chat template is {done.conversation}, chosen by LLM and tokenizer: a checkpoint does not "
             "say in which it was trained (--version). --conv-mode and --chat-template take another"
         )
     print(f"Its README.md says how to load and serve it, with transformers and vLLM: {output / 'README.md'}")

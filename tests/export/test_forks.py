@@ -157,7 +157,7 @@ def test_an_environment_of_an_old_fork_is_named(checkpoint, monkeypatch, refused
 def test_the_conversation_that_was_guessed_is_named(checkpoint, tmp_path, capsys, given, is_said):
     """DenseConnector trains Llama 3 in another than Open-LLaVA-NeXT."""
     assert main(["export", str(checkpoint()), str(tmp_path / "out"), *given]) == 0
-    assert ("chat template is vicuna_v1, the usual one" in capsys.readouterr().out) == is_said
+    assert ("chat template is vicuna_v1, chosen by LLM" in capsys.readouterr().out) == is_said
 
 
 def test_lora_below_a_frozen_tower_is_not_dropped(trained, checkpoint, tmp_path, refused):
