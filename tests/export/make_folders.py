@@ -88,7 +88,7 @@ def random_llm(weights):
     return {
         name: (torch.randn(w.shape, generator=generator) * 3 / w.shape[-1] ** 0.5).to(w.dtype) if w.ndim == 2 else w
         for name, w in weights.items()
-        if "mm_projector" not in name
+        if "mm_projector" not in name and "vision_tower" not in name
     }
 
 
