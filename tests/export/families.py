@@ -279,10 +279,10 @@ def make_checkpoint(root, name, family):
     llm = root / f"llm-{family.llm}"
     if not llm.is_dir():
         make_llm(family.llm, llm)
-    tower = SIGLIP if family.siglip else str(root / "clip")
+    tower = SIGLIP if family.siglip else str(root / "clip-64")
     snapshot = make_siglip(root) if family.siglip else None
-    if not (root / "clip").is_dir():
-        assets.make_vision_tower(root / "clip", hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
+    if not (root / "clip-64").is_dir():
+        assets.make_vision_tower(root / "clip-64", hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
     models = module("model")
     cls = CLASSES.get(family.llm, "Llama").replace("Qwen2", "Qwen")
     torch.manual_seed(1)
