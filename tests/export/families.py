@@ -33,6 +33,7 @@ if PACKAGE == "llavaction":
     os.environ.setdefault("LLAVA_NEXT_PACKAGE", PACKAGE)
     sys.meta_path.append(importlib.import_module("family").StandIns())
 SIGLIP = "google/siglip-so400m-patch14-384"
+CLIP = "clip-of-families"
 SIGLIP_SIDE, CLIP_SIDE = 384, 336
 ONE, WIDE, TALL, SMALL = (400, 390), (900, 330), (300, 800), (60, 40)
 VIDEO = (320, 180)
@@ -279,10 +280,10 @@ def make_checkpoint(root, name, family):
     llm = root / f"llm-{family.llm}"
     if not llm.is_dir():
         make_llm(family.llm, llm)
-    tower = SIGLIP if family.siglip else str(root / "clip-64")
+    tower = SIGLIP if family.siglip else str(root / CLIP)
     snapshot = make_siglip(root) if family.siglip else None
-    if not (root / "clip-64").is_dir():
-        assets.make_vision_tower(root / "clip-64", hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
+    if not (root / CLIP).is_dir():
+        assets.make_vision_tower(root / CLIP, hidden_size=64, patch_size=28)  # two heads, for two ranks of vLLM
     models = module("model")
     cls = CLASSES.get(family.llm, "Llama").replace("Qwen2", "Qwen")
     torch.manual_seed(1)

@@ -20,7 +20,7 @@ def make(root):
     from llava_projectors.export.convert import export_checkpoint
     from llava_projectors.tiny import assets
 
-    assets.make_vision_tower(root / "clip")
+    assets.make_vision_tower(root / families.CLIP)
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
     families.make_llm("llama", root / "llm-llama", **sizes, num_attention_heads=16, num_key_value_heads=16)
     for name, projector_type in TYPES.items():
