@@ -98,11 +98,11 @@ OF_MODEL_CONFIG = {
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Every setting of generation that LLaVA's stack reads. What only later versions read (`stop_strings`, `dola_layers`,
 # `top_h`) changes no answer of LLaVA's, and would in the folder.
-READ = {
+GENERATION_SETTINGS = {
     *OF_MODEL_CONFIG, *TOKENS, "use_cache", "num_return_sequences", "low_memory", "output_attentions",
     "output_hidden_states", "output_scores", "return_dict_in_generate",
 }  # fmt: skip
-READ_SINCE_4_41 = {"min_p"}
+GENERATION_SETTINGS_SINCE_4_41 = {"min_p"}
 
 
 def text_config(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -255,7 +255,9 @@ def generation_config(folder: Path, text: Mapping[str, Any], config: Mapping[str
         path = source / "config.json"
         found = {name: config[name] for name, usual in OF_MODEL_CONFIG.items() if config.get(name, usual) != usual}
     _refuse_settings_of_the_prompt(found, path)
-    read = READ | READ_SINCE_4_41 if _version(config.get("transformers_version")) >= (4, 41) else READ
+    read = set(GENERATION_SETTINGS)
+    if _version(config.get("transformers_version")) >= (4, 41):
+        read |= GENERATION_SETTINGS_SINCE_4_41
     settings = {name: text.get(name) for name in TOKENS} | {name: found[name] for name in found.keys() & read}
     if not settings.get("do_sample"):
         # They have no effect then, but newer versions refuse to save them, and vLLM samples with them.

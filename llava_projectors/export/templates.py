@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from llava_projectors.export.errors import ExportError
+from llava_projectors.export.pictures import MORE_SETTING
 from llava_projectors.files import read_json
 
 # Around each picture, where `mm_use_im_start_end` is set.
@@ -182,7 +183,7 @@ def by_own_template(config: Mapping[str, Any], source: Path, folder: Path) -> Op
     Raises:
         ExportError: that template gives other prompts.
     """
-    if "llama_3" not in str(config.get("model_architecture")):
+    if "llama_3" not in str(config.get(MORE_SETTING)):
         return None
     import jinja2
     from transformers import PreTrainedTokenizerFast

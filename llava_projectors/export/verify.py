@@ -25,7 +25,15 @@ import torch
 
 from llava_projectors.export import compare
 from llava_projectors.export.errors import ExportError
-from llava_projectors.export.llm import KINDS, LLMS, READ, SAMPLING, end_tokens, settings_read, with_rotations
+from llava_projectors.export.llm import (
+    GENERATION_SETTINGS,
+    KINDS,
+    LLMS,
+    SAMPLING,
+    end_tokens,
+    settings_read,
+    with_rotations,
+)
 from llava_projectors.export.templates import marked
 from llava_projectors.export.tokenizer import WORDS, prompts_of
 from llava_projectors.files import checkpoint_tensors, read_json
@@ -425,7 +433,7 @@ def _refuse_another_class(folder: Path, model: Any, source: str, package: str) -
     if lacking:
         raise ExportError(
             f"the loader of {package} makes a {type(model).__name__} of {source}, without a place for {lacking[0]}: "
-            f"what it says is not what was trained. Pass --package with the one that trained it"
+            "what it says is not what was trained. Pass --package with the one that trained it"
         )
 
 
@@ -452,7 +460,7 @@ def different_generation(folder: Path, trained: Any) -> Iterator[str]:
     if exported != own:
         yield f"answers end in the tokens {sorted(exported)}, LLaVA's in {sorted(own)}"
     idle = () if trained.do_sample else SAMPLING
-    of_llava = (trained.to_diff_dict().keys() & READ) - {"eos_token_id", *idle}
+    of_llava = (trained.to_diff_dict().keys() & GENERATION_SETTINGS) - {"eos_token_id", *idle}
     for name in sorted(settings.keys() | of_llava):
         if settings.get(name) != getattr(trained, name, None):
             yield f"generation_config.json has {name} {settings.get(name)!r}, LLaVA's {getattr(trained, name, None)!r}"
