@@ -20,7 +20,7 @@ from vllm.model_executor.models.llava import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageSize
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageSize
 from vllm.multimodal.processing import PromptReplacement
 
 from llava_projectors.serving.image_processing import seen_whole
@@ -135,7 +135,10 @@ class Processor(LlavaMultiModalProcessor):  # type: ignore[misc]
         (is_whole,) = seen_whole(layout, [1], settings.get("image_aspect_ratio"))
 
         def of_picture(number: int) -> list[int]:
-            width, height = mm_items["image"].get_image_size(number)
+            pictures = mm_items["image"]
+            if isinstance(pictures, ImageEmbeddingItems):  # visual tokens, computed elsewhere
+                return [image] * int(pictures.get_feature_size(number))
+            width, height = pictures.get_image_size(number)
             (row,) = rows_of(layout, [(height, width)], [is_whole])
             return [image] * positions_of(layout, row)
 
@@ -181,10 +184,11 @@ class LlavaProjectorsForConditionalGeneration(LlavaForConditionalGeneration):  #
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """For each picture or video its tokens as the LLM gets them, [positions, D]."""
+        if "pixel_values" not in kwargs:
+            # Computed elsewhere, of any lengths; vLLM's own LLaVA takes those of one.
+            return list(kwargs.get("image_embeds", ()))
         rows = kwargs.pop("image_sizes", None)
         tokens = super().embed_multimodal(**kwargs)
-        if not len(tokens) or "pixel_values" not in kwargs:
-            return tokens
         extra = getattr(self, "image_newline", None)
         if isinstance(self.layout, Slices):
             extra = self.language_model.embed_input_ids(torch.tensor(self.layout.separators, device=tokens.device))

@@ -79,6 +79,12 @@ def test_two_ranks_say_it_too(name, way, tmp_path):
     assert assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", way, tmp_path, "all", 2) == len(cases_of(name))
 
 
+@pytest.mark.parametrize("name", ["saep", "anyres-unpad"])
+def test_visual_tokens_that_were_computed_elsewhere(name, tmp_path):
+    """`--enable-mm-embeds`: as many positions as there are tokens."""
+    assert assert_equal(EXPORTED / name, EXPORTED / f"{name}.pt", "native", tmp_path, "embeddings") >= 8
+
+
 def assert_equal(folder, reference, way, tmp_path, *options):
     """Answers token by token, and the lengths of the prompts -> how many there were."""
     answers, output = ask_offline(folder, reference, way, tmp_path, *options)
